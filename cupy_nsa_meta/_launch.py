@@ -1,0 +1,181 @@
+"""The launch path: loaded kernels and result slots per device, enqueue, and the wait for a result.
+
+A kernel takes one struct by value and may answer with one 64-bit word in mapped host memory, which
+the host reads without any CUDA call:
+
+    bits 0-31 total (-1 as 0xffffffff)   bits 32-34 status   bits 35-63 epoch
+
+A result slot (that word, a packing buffer, the launch's stream) belongs to one call at a time.
+Its epoch counts its launches, so a word left by an earlier launch is never taken for an answer; a
+slot whose wait was interrupted is not used again until its late word has come.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from itertools import count
+from time import perf_counter_ns
+from typing import Any
+
+import numpy
+import torch
+
+from . import _module
+
+NUM_SLOTS = 1024  # calls that can wait for a result at the same time, per device
+SLOT_BYTES = 64  # a cache line each: no two waiting threads share one
+SPIN_NS = 50_000  # the GPU work of a call is a few microseconds; behind queued work the GIL is freed
+EPOCH_SHIFT = 35
+EPOCH_MASK = (1 << 29) - 1
+ARGS_BYTES = 112
+
+current_raw_stream = torch._C._cuda_getCurrentRawStream if hasattr(
+    torch._C, "_cuda_getCurrentRawStream"
+) else None
+
+
+class Slot:
+    """One result word and the argument buffer of the launches that answer in it."""
+
+    __slots__ = ("address", "args", "buffer", "epoch", "index", "ptr")
+
+    def __init__(self, index: int, address: int) -> None:
+        self.index = index  # of the word, in 8-byte units
+        self.address = address
+        self.epoch = 0
+        self.ptr = 0  # the stream; CuPy reads this attribute of the object it is given
+        self.buffer = bytearray(ARGS_BYTES)
+        # A structured scalar views the buffer (a plain one copies); CuPy passes its bytes by value.
+        self.args = (numpy.frombuffer(self.buffer, dtype=[("bytes", f"V{ARGS_BYTES}")])[0],)
+
+    def next_epoch(self) -> int:
+        """The epoch of the next launch, never 0: a fresh word is 0."""
+        self.epoch = epoch = self.epoch % EPOCH_MASK + 1
+        return epoch
+
+
+class DeviceState:
+    """What the launch path keeps for one device. Made by ``device_state``."""
+
+    def __init__(self, device: int) -> None:
+        self.device = device
+        self.cupy = cupy = _module.import_cupy()
+        self.runtime = cupy.cuda.runtime
+        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self.kernels: dict[str, Any] = {}
+        for stem in _module.KERNELS:
+            self.kernels.update(_module.load(stem, device))
+        with cupy.cuda.Device(device), relaxed_capture():
+            num_bytes = NUM_SLOTS * SLOT_BYTES
+            flags = self.runtime.hostAllocMapped | self.runtime.hostAllocPortable
+            self._base = self.runtime.hostAlloc(num_bytes, flags)  # kept until the process ends
+        memory = (ctypes.c_char * num_bytes).from_address(self._base)
+        ctypes.memset(self._base, 0, num_bytes)
+        self.words = memoryview(memory).cast("B").cast("Q")
+        self._next_slot = count()
+        self._free: deque[Slot] = deque()
+        self._retired: deque[Slot] = deque()
+
+    def take_slot(self) -> Slot:
+        """A slot that no other call uses; give it back only once its word has been read."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            index = next(self._next_slot)
+        if index < NUM_SLOTS:
+            return Slot(index * (SLOT_BYTES // 8), self._base + index * SLOT_BYTES)
+        for _ in range(len(self._retired)):
+            try:
+                slot = self._retired.popleft()
+            except IndexError:
+                break
+            if self.words[slot.index] >> EPOCH_SHIFT == slot.epoch:
+                return slot  # its late word has come
+            self._retired.append(slot)
+        raise RuntimeError(
+            f"cupy_nsa_meta: all {NUM_SLOTS} result slots of cuda:{self.device} are waiting for "
+            "their kernels; wait for earlier calls, or use total_tokens= or the async form"
+        )
+
+    def give_slot(self, slot: Slot) -> None:
+        self._free.append(slot)
+
+    def retire_slot(self, slot: Slot) -> None:
+        """Keep a slot away from later calls until the launch that it waited for has answered."""
+        self._retired.append(slot)
+
+    def is_capturing(self, stream: int) -> bool:
+        return bool(self.runtime.streamIsCapturing(stream))
+
+    def wait(self, slot: Slot) -> int:
+        """The word that the slot's last launch writes: spin briefly, then wait without the GIL.
+
+        Returns the word less its epoch. An error of the context is raised as CuPy raises it.
+        """
+        words, index, epoch = self.words, slot.index, slot.epoch
+        word = words[index]
+        if word >> EPOCH_SHIFT == epoch:
+            return word & ((1 << EPOCH_SHIFT) - 1)
+        deadline = perf_counter_ns() + SPIN_NS
+        while True:
+            word = words[index]
+            if word >> EPOCH_SHIFT == epoch:
+                return word & ((1 << EPOCH_SHIFT) - 1)
+            if perf_counter_ns() > deadline:
+                break
+        with relaxed_capture():
+            self.runtime.streamSynchronize(slot.ptr)
+        word = words[index]
+        if word >> EPOCH_SHIFT != epoch:
+            raise RuntimeError(
+                "cupy_nsa_meta: the stream has finished, but the kernel's result did not arrive"
+            )
+        return word & ((1 << EPOCH_SHIFT) - 1)
+
+
+class relaxed_capture:  # noqa: N801 - used like a function
+    """Let this thread wait, load and allocate while another thread captures a CUDA graph.
+
+    With a capture of the default mode under way anywhere in the process, the driver refuses such
+    calls to every thread that has not asked for the relaxed mode.
+    """
+
+    def __enter__(self) -> None:
+        self._mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+        _libcuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+
+    def __exit__(self, *exc_info: object) -> None:
+        _libcuda().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+
+
+_libcuda_handle: ctypes.CDLL | None = None
+
+
+def _libcuda() -> ctypes.CDLL:
+    global _libcuda_handle
+    if _libcuda_handle is None:
+        _libcuda_handle = ctypes.CDLL("libcuda.so.1")
+    return _libcuda_handle
+
+
+_states: dict[int, DeviceState] = {}
+_states_lock = threading.Lock()
+
+
+def device_state(device: int) -> DeviceState:
+    """The state of a device; made at the first call, which compiles and allocates."""
+    state = _states.get(device)
+    if state is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cupy_nsa_meta: the kernels are not compiled yet, and compiling is not allowed "
+                f"while a CUDA graph is being captured; call cupy_nsa_meta.warmup({device}) before"
+            )
+        with _states_lock:
+            state = _states.get(device)
+            if state is None:
+                state = DeviceState(device)
+                _states[device] = state
+    return state
