@@ -1,0 +1,182 @@
+"""Compile cuda_src/ with g++ and run its kernels on the CPU, plain or under a sanitizer.
+
+The argument structs are packed by the package itself; pointers are replaced by references to
+buffers that the harness (cpu_harness.cpp) allocates.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import struct
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cases import POISON, Case, Expected
+from cupy_nsa_meta import _module, draft_extend
+from cupy_nsa_meta._check import DraftExtendCall
+
+TESTS = Path(__file__).resolve().parent
+NUM_SMS = 3  # blocks run one after another: a few exercise the split as well as 132 do
+SANITIZERS = {
+    "plain": (),
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-fsanitize=thread",),
+}
+has_compiler = shutil.which("g++") is not None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A fault to plant: one text of one source file, replaced."""
+
+    file: str
+    old: str
+    new: str
+
+
+@functools.cache
+def build(sanitizer: str, patch: Patch | None = None) -> Path:
+    """The harness executable, with the sources as they stand or with one fault planted."""
+    folder = Path(tempfile.mkdtemp(prefix="cuda_on_cpu_"))
+    sources = folder / "cuda_src"
+    shutil.copytree(_module.source_dir(), sources)
+    if patch is not None:
+        path = sources / patch.file
+        text = path.read_text()
+        assert text.count(patch.old) == 1, f"{patch.old!r} is not once in {patch.file}"
+        path.write_text(text.replace(patch.old, patch.new))
+    executable = folder / "harness"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror",
+         "-Wno-unknown-pragmas", *SANITIZERS[sanitizer], f"-I{sources}", f"-I{TESTS}",
+         str(TESTS / "cpu_harness.cpp"), "-o", str(executable)],
+        check=True,
+    )  # fmt: skip
+    return executable
+
+
+def _number(value: int) -> bytes:
+    return struct.pack("<Q", value)
+
+
+def _counted(data: bytes) -> bytes:
+    return _number(len(data)) + data
+
+
+def run(executable: Path, jobs: list[Job], timeout: float = 600) -> list[list[bytes]]:
+    """Run jobs in one process; the bytes of every job's buffers afterwards."""
+    done = subprocess.run(
+        [str(executable)],
+        input=_number(len(jobs)) + b"".join(job.encode() for job in jobs),
+        capture_output=True,
+        timeout=timeout,
+    )
+    if done.returncode != 0:
+        raise HarnessError(done.stderr.decode(errors="replace"))
+    out, at = [], 0
+    for job in jobs:
+        buffers = []
+        for buffer in job.buffers:
+            buffers.append(done.stdout[at : at + len(buffer.data)])
+            at += len(buffer.data)
+        out.append(buffers)
+    assert at == len(done.stdout)
+    return out
+
+
+class HarnessError(AssertionError):
+    """The harness ended with an error; the text is its stderr (a sanitizer's report, mostly)."""
+
+
+@dataclass
+class Buffer:
+    data: bytes
+    misalignment: int = 0
+
+
+@dataclass
+class Job:
+    """Buffers, an argument struct that points into them, and the launches that share it."""
+
+    buffers: list[Buffer]
+    args: bytes
+    pointers: list[tuple[int, int, int]]  # position in args, buffer, byte offset
+    launches: tuple[tuple[str, int], ...]
+
+    def encode(self) -> bytes:
+        parts = [_number(len(self.buffers))]
+        parts += [_number(buffer.misalignment) + _counted(buffer.data) for buffer in self.buffers]
+        parts += [_counted(self.args), _number(len(self.pointers))]
+        parts += [_number(number) for pointer in self.pointers for number in pointer]
+        parts.append(_number(len(self.launches)))
+        parts += [_counted(name.encode()) + _number(grid) for name, grid in self.launches]
+        return b"".join(parts)
+
+
+EPOCH = 77
+EXTEND, SEQ, EXPANDED, CLAMPED, OUT_TOTAL, RESULT, SCRATCH = range(7)
+
+
+def draft_extend_job(case: Case, use_adaptive: bool = True) -> Job:
+    """The launches that the package would make for a case, on buffers that end where they must."""
+    extend, seq = case.lengths()
+    limit = case.capacity if case.total_tokens is None else case.total_tokens
+    # Any pointers will do for the call: the harness puts in its own.
+    call = DraftExtendCall(
+        extend, seq, min(case.topk, 2**31 - 1), extend, seq, case.bs, limit, 0, 1, 1, 1, 1
+    )
+    shape = draft_extend.geometry(case.bs, limit, NUM_SMS)
+    args = bytearray(draft_extend.ARGS.size)
+    draft_extend.pack(
+        args, call, shape, use_adaptive, case.total_tokens is not None, EPOCH, 1, 1, 1
+    )
+    launches = draft_extend.launches(case.bs, shape)
+    rows = np.full(case.capacity, POISON, dtype=np.int32).tobytes()
+    buffers = [
+        Buffer(_storage(extend)),
+        Buffer(_storage(seq)),
+        Buffer(rows, 4 * case.offsets[0]),
+        Buffer(rows, 4 * case.offsets[1]),
+        Buffer(b"\x55" * 8),
+        Buffer(b"\x55" * 8),
+        Buffer(b"\x55" * (4 * (case.bs + shape.num_entries) if len(launches) > 1 else 0)),
+    ]
+    pointers = [(8 * index, index, 0) for index in range(7)] + [(56, SCRATCH, 4 * case.bs)]
+    if len(launches) == 1:
+        pointers[SCRATCH:] = []
+        args[48:64] = bytes(16)
+    return Job(buffers, bytes(args), pointers, launches)
+
+
+def _storage(tensor: torch.Tensor) -> bytes:
+    """The bytes from a strided tensor's first element to the end of its last."""
+    if not tensor.numel():
+        return b""
+    base = tensor.as_strided(((tensor.numel() - 1) * tensor.stride(0) + 1,), (1,))
+    return base.numpy().tobytes()
+
+
+def check_draft_extend(case: Case, expected: Expected, buffers: list[bytes]) -> None:
+    """Every byte of every buffer of a job is what the reference says."""
+    for name, index, rows in (
+        ("out_seqlens_expanded", EXPANDED, expected.expanded),
+        ("out_nsa_cache_seqlens", CLAMPED, expected.clamped),
+    ):
+        wanted = np.full(case.capacity, POISON, dtype=np.int32)
+        wanted[: len(rows)] = rows.numpy()
+        np.testing.assert_array_equal(
+            np.frombuffer(buffers[index], np.int32), wanted, err_msg=f"{case.name}: {name}"
+        )
+    assert struct.unpack("<2i", buffers[OUT_TOTAL]) == (expected.total, expected.status), case.name
+    (word,) = struct.unpack("<Q", buffers[RESULT])
+    unsigned_total = expected.total & 0xFFFFFFFF
+    assert word == unsigned_total | expected.status << 32 | EPOCH << 35, case.name
+    extend, seq = case.lengths()
+    assert buffers[EXTEND] == _storage(extend), f"{case.name}: the input was written"
+    assert buffers[SEQ] == _storage(seq), f"{case.name}: the input was written"

@@ -1,0 +1,96 @@
+// Just enough CUDA for g++ to compile the files of cuda_src/ as they stand: one std::thread per CUDA
+// thread, a std::barrier for __syncthreads, slots and a warp barrier for the shuffles. The blocks of
+// a grid run one after another, so that `__shared__` can be a static variable; its content survives
+// from block to block, which shows a block that reads shared memory it has not written.
+#pragma once
+
+#include <barrier>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct Index3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+inline thread_local Index3 threadIdx, blockIdx;
+inline Index3 gridDim;
+
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+
+template <class T>
+inline T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+inline T __ldg(const T* at) {
+  return *at;
+}
+
+namespace cuda_on_cpu {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+inline std::barrier<> block_barrier(kThreads);
+struct Warp {
+  std::barrier<> barrier{kWarp};
+  std::uint64_t slots[kWarp] = {};
+};
+inline Warp warps[kThreads / kWarp];
+
+template <class T>
+inline T exchange(T value, int source_lane) {
+  Warp& warp = warps[threadIdx.x / kWarp];
+  warp.slots[threadIdx.x % kWarp] = static_cast<std::uint64_t>(value);
+  warp.barrier.arrive_and_wait();
+  const T got = static_cast<T>(warp.slots[source_lane]);
+  warp.barrier.arrive_and_wait();
+  return got;
+}
+
+// Runs kernel(args) for every thread of `grid` blocks of kThreads threads.
+template <class Args>
+void launch(void (*kernel)(Args), unsigned grid, const Args& args) {
+  gridDim.x = grid;
+  std::vector<std::thread> threads;
+  for (unsigned thread = 0; thread < kThreads; ++thread) {
+    threads.emplace_back([=] {
+      threadIdx.x = thread;
+      for (unsigned block = 0; block < grid; ++block) {
+        blockIdx.x = block;
+        kernel(args);
+        block_barrier.arrive_and_wait();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads() { cuda_on_cpu::block_barrier.arrive_and_wait(); }
+
+template <class T>
+inline T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % cuda_on_cpu::kWarp;
+  return cuda_on_cpu::exchange(value, lane < distance ? lane : lane - distance);
+}
+
+template <class T>
+inline T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_on_cpu::exchange(value, (threadIdx.x % cuda_on_cpu::kWarp) ^ mask);
+}

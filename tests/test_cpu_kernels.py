@@ -1,0 +1,149 @@
+"""The files of cuda_src/, compiled by g++: right, free of bad accesses and of races."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import cpu_kernels
+from cases import BY_NAME, CASES, random_batches
+from cpu_kernels import HarnessError, Patch
+
+pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
+
+SMALL = [case for case in CASES if case.bs <= 300 and case.total <= 6000 or case.total < 0]
+FATAL_SUMS = [case for case in CASES if case.total > 2**27]
+# Under ThreadSanitizer a block costs a quarter of a second: the cases that differ in barriers.
+RACE_CASES = [
+    "one_row", "zero_middle", "long_and_short", "bs_33", "bs_257", "bs_4096", "bs_4097", "bs_16385",
+    "total_short", "negative_tiled",
+]  # fmt: skip
+
+
+def run_cases(executable, cases, use_adaptive=True):
+    jobs = [cpu_kernels.draft_extend_job(case, use_adaptive) for case in cases]
+    for case, buffers in zip(cases, cpu_kernels.run(executable, jobs), strict=True):
+        cpu_kernels.check_draft_extend(case, case.expected(), buffers)
+
+
+def test_named_cases_plain():
+    run_cases(cpu_kernels.build("plain"), CASES)
+
+
+def test_binary_search_everywhere():
+    cases = [case for case in SMALL if case.bs <= 16]
+    assert len(cases) > 20
+    run_cases(cpu_kernels.build("plain"), cases, use_adaptive=False)
+
+
+def test_named_cases_under_address_and_undefined_behaviour_sanitizers():
+    run_cases(cpu_kernels.build("address"), CASES)
+
+
+def test_named_cases_under_thread_sanitizer():
+    run_cases(cpu_kernels.build("thread"), [BY_NAME[name] for name in RACE_CASES])
+
+
+def test_random_batches_under_address_sanitizer():
+    run_cases(cpu_kernels.build("address"), random_batches(60, seed=20))
+
+
+def test_device_data_that_points_nowhere_writes_nothing():
+    """A launch without result and out_total (null pointers) is legal: total_tokens= uses it."""
+    case = BY_NAME["total_given"]
+    job = cpu_kernels.draft_extend_job(case)
+    args = bytearray(job.args)
+    args[8 * cpu_kernels.OUT_TOTAL : 8 * cpu_kernels.RESULT + 8] = bytes(16)
+    kept = [p for p in job.pointers if p[1] not in (cpu_kernels.OUT_TOTAL, cpu_kernels.RESULT)]
+    job = dataclasses.replace(job, args=bytes(args), pointers=kept)
+    (buffers,) = cpu_kernels.run(cpu_kernels.build("address"), [job])
+    assert buffers[cpu_kernels.OUT_TOTAL] == buffers[cpu_kernels.RESULT] == b"\x55" * 8
+    assert buffers[cpu_kernels.EXPANDED][:4] == int(case.expected().expanded[0]).to_bytes(4, "little")
+
+
+# ---- Planted faults: a check that cannot fail is not one ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "case", "patch", "report"),
+    [
+        pytest.param(
+            "thread",
+            "bs_33",
+            Patch(
+                "draft_extend.cu",
+                "    shared.ends[entry] = before;\n  }\n  __syncthreads();",
+                "    shared.ends[entry] = before;\n  }",
+            ),
+            "data race",
+            id="removed_barrier",
+        ),
+        pytest.param(
+            "thread",
+            "bs_4097",
+            Patch("draft_extend.cu", "  if (per_thread > 1) __syncthreads();", ""),
+            "data race",
+            id="removed_barrier_before_the_scan",
+        ),
+        pytest.param(
+            "address",
+            "no_slack",
+            Patch("draft_extend.cu", "if (count > 3) at[3]", "at[3]"),
+            "heap-buffer-overflow",
+            id="store_past_the_end",
+        ),
+        pytest.param(
+            "address",
+            "bs_33",
+            Patch("draft_extend.cu", "const bool exists = idx < args.bs;", "const bool exists = idx <= args.bs;"),
+            "heap-buffer-overflow",
+            id="load_past_the_end",
+        ),
+        pytest.param(
+            "address",
+            "unaligned",
+            Patch("draft_extend.cu", " && (reinterpret_cast<u64>(at) & 15) == 0", ""),
+            "misaligned",
+            id="vector_store_to_unaligned_memory",
+        ),
+    ],
+)  # fmt: skip
+def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
+    executable = cpu_kernels.build(sanitizer, patch)
+    with pytest.raises(HarnessError, match=report):
+        run_cases(executable, [BY_NAME[case]])
+
+
+@pytest.mark.parametrize(
+    ("case", "patch"),
+    [
+        pytest.param(
+            "bs_128",
+            Patch("common.cuh", "if (w == warp) before = total;\n    total = sum_add(total, warp_totals[w]);",
+                  "total = sum_add(total, warp_totals[w]);\n    if (w == warp) before = total;"),
+            id="scan_shifted_by_a_warp",
+        ),
+        pytest.param(
+            "padding_rows",
+            Patch("draft_extend.cu", "max(request.base + static_cast<int>(row), 0)",
+                  "(request.base + static_cast<int>(row))"),
+            id="no_clamp_at_zero",
+        ),
+        pytest.param(
+            "sum_wraps",
+            Patch("common.cuh", "return marked ? larger : (added < kSumOutside ? added : kSumOutside);",
+                  "return marked ? larger : added;"),
+            id="sum_that_wraps",
+        ),
+        pytest.param(
+            "over_capacity",
+            Patch("draft_extend.cu", "return total > max_rows ? kOverCapacity : kOk;", "return kOk;"),
+            id="no_capacity_check",
+        ),
+    ],
+)  # fmt: skip
+def test_cases_catch_planted_mistakes(case, patch):
+    executable = cpu_kernels.build("plain", patch)
+    with pytest.raises(AssertionError, match=case):
+        run_cases(executable, [BY_NAME[case]])
