@@ -260,12 +260,8 @@ def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:
             f"{name}: expected a torch.Tensor or an object with __dlpack__, "
             f"got {type(array).__name__}"
         )
-    stream = -1 if array.__dlpack_device__()[0] in _DLPACK_CUDA_DEVICES else None
     try:
-        try:
-            capsule = array.__dlpack__(stream=stream, max_version=(1, 0))
-        except TypeError:  # an exporter from before DLPack 1.0
-            capsule = array.__dlpack__(stream=stream)
+        capsule = _export(array)
         if writable and (_is_read_only(capsule) or _is_immutable(array)):
             raise ValueError(
                 f"{name}: expected a writable array, got a read-only {type(array).__name__}"
@@ -276,6 +272,17 @@ def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:
             f"{name}: expected an array that DLPack can share, got {type(array).__name__} "
             f"({error})"
         ) from error
+
+
+def _export(array: Any) -> Any:
+    stream = -1 if array.__dlpack_device__()[0] in _DLPACK_CUDA_DEVICES else None
+    try:
+        return array.__dlpack__(stream=stream, max_version=(1, 0))
+    except TypeError:  # an exporter from before DLPack 1.0
+        pass
+    except RuntimeError:  # JAX does not know the stream -1
+        return array.__dlpack__()
+    return array.__dlpack__(stream=stream)
 
 
 def _is_read_only(capsule: Any) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
+from collections.abc import Callable, Iterable
 from itertools import count
 from time import perf_counter_ns
 from typing import Any
@@ -29,11 +30,13 @@ SLOT_BYTES = 64  # a cache line each: no two waiting threads share one
 SPIN_NS = 50_000  # the GPU work of a call is a few microseconds; behind queued work the GIL is freed
 EPOCH_SHIFT = 35
 EPOCH_MASK = (1 << 29) - 1
-ARGS_BYTES = 112
+ARGS_BYTES = 512  # room for the largest argument struct; the driver copies what a kernel declares
+BLOCK_THREADS = 256  # kBlockThreads of common.cuh, the block size of every kernel
 
-current_raw_stream = torch._C._cuda_getCurrentRawStream if hasattr(
-    torch._C, "_cuda_getCurrentRawStream"
-) else None
+_BLOCK = (BLOCK_THREADS,)
+
+#: Raw handle of torch's current stream of a device; absent from CPU builds of torch.
+current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
 
 class Slot:
@@ -98,6 +101,22 @@ class DeviceState:
             f"cupy_nsa_meta: all {NUM_SLOTS} result slots of cuda:{self.device} are waiting for "
             "their kernels; wait for earlier calls, or use total_tokens= or the async form"
         )
+
+    def launch(self, slot: Slot, stream: int, launches: Iterable[tuple[str, int]]) -> None:
+        """Enqueue kernels (name, grid) in order, each with the struct packed in ``slot.buffer``.
+
+        The argument bytes are taken over at the launch.
+        """
+        slot.ptr = stream
+        if self.runtime.getDevice() != self.device:
+            with self.cupy.cuda.Device(self.device):
+                self._launch(slot, launches)
+        else:
+            self._launch(slot, launches)
+
+    def _launch(self, slot: Slot, launches: Iterable[tuple[str, int]]) -> None:
+        for name, grid in launches:
+            self.kernels[name]((grid,), _BLOCK, slot.args, 0, slot)
 
     def give_slot(self, slot: Slot) -> None:
         self._free.append(slot)

@@ -17,9 +17,9 @@ from ._status import draft_extend_error
 
 #: ``struct DraftExtendArgs`` of draft_extend.cu: 8 pointers, 2 strides, 5 ints, flags, epoch, padding.
 ARGS = struct.Struct("<8Q2q5i2I4x")
-assert ARGS.size == _launch.ARGS_BYTES
+assert ARGS.size <= _launch.ARGS_BYTES
 
-BLOCK_THREADS = 256  # kBlockThreads
+BLOCK_THREADS = _launch.BLOCK_THREADS
 ROWS_PER_TILE = 4 * BLOCK_THREADS  # kRowsPerTile
 MAX_ENTRIES = 4096  # kMaxEntries
 LINEAR_SEARCH_MAX_BS = 16
@@ -139,19 +139,7 @@ def enqueue(
         out_total,
         0 if scratch is None else scratch.data_ptr(),
     )
-    slot.ptr = stream
-    if state.runtime.getDevice() != call.device:
-        with state.cupy.cuda.Device(call.device):
-            _launch_all(state, slot, bs, shape)
-    else:
-        _launch_all(state, slot, bs, shape)
-
-
-def _launch_all(
-    state: _launch.DeviceState, slot: _launch.Slot, bs: int, shape: Geometry
-) -> None:
-    for name, grid in launches(bs, shape):
-        state.kernels[name]((grid,), (BLOCK_THREADS,), slot.args, 0, slot)
+    state.launch(slot, stream, launches(bs, shape))
 
 
 def fill_draft_extend_metadata_cuda(
