@@ -24,10 +24,10 @@ static_assert(kBlockWarps <= kWarpThreads, "one warp scans the warp totals");
 // ---- Status words (the same numbers in cupy_nsa_meta/_status.py) --------------------------------
 enum Status {
   kOk = 0,
-  kOverCapacity = 1,     // T over the capacity
-  kNegativeExtend = 2,   // a negative extend length
-  kOutsideInt32 = 3,     // a length, a total or a prefix sum outside int32
-  kTotalMismatch = 4,    // T differs from the given total_tokens
+  kOverCapacity = 1,    // T over the capacity
+  kNegativeExtend = 2,  // a negative extend length
+  kOutsideInt32 = 3,    // a length, a total or a prefix sum outside int32
+  kTotalMismatch = 4,   // T differs from the given total_tokens
 };
 
 // ---- Saturating sums ----------------------------------------------------------------------------

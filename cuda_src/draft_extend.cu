@@ -78,13 +78,14 @@ struct RequestRows {
 };
 
 struct SharedPrefix {
-  Sum ends[kMaxEntries];           // entry e covers rows [e ? ends[e - 1] : 0, ends[e])
-  int seq_lens[kMaxEntries];       // of the entry's request; requests_per_entry == 1 only
+  Sum ends[kMaxEntries];      // entry e covers rows [e ? ends[e - 1] : 0, ends[e])
+  int seq_lens[kMaxEntries];  // of the entry's request; requests_per_entry == 1 only
   Sum warp_totals[kBlockWarps];
 };
 
 __device__ __forceinline__ Lengths extend_lengths(const DraftExtendArgs& args) {
-  return {static_cast<const int*>(args.extend_seq_lens), args.extend_stride, (args.flags & kExtendIsInt64) != 0};
+  return {static_cast<const int*>(args.extend_seq_lens), args.extend_stride,
+          (args.flags & kExtendIsInt64) != 0};
 }
 
 __device__ __forceinline__ Lengths seq_lengths(const DraftExtendArgs& args) {
@@ -256,8 +257,8 @@ __device__ __forceinline__ void draft_extend_block(const DraftExtendArgs& args) 
       expanded = make_int4(expanded.y, expanded.z, expanded.w, value);
     }
     const int topk = args.topk;
-    const int4 clamped = make_int4(min(expanded.x, topk), min(expanded.y, topk), min(expanded.z, topk),
-                                   min(expanded.w, topk));
+    const int4 clamped =
+        make_int4(min(expanded.x, topk), min(expanded.y, topk), min(expanded.z, topk), min(expanded.w, topk));
     store_rows(args.out_seqlens_expanded, first_row, expanded, count);
     store_rows(args.out_nsa_cache_seqlens, first_row, clamped, count);
   }
@@ -266,12 +267,14 @@ __device__ __forceinline__ void draft_extend_block(const DraftExtendArgs& args) 
 }  // namespace nsa
 
 // Grid: any; the rows are dealt out over the blocks that there are.
-extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads) draft_extend(const nsa::DraftExtendArgs args) {
+extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads)
+    draft_extend(const nsa::DraftExtendArgs args) {
   nsa::draft_extend_block<false>(args);
 }
 
 // Grid: num_entries blocks, one per tile of requests_per_entry requests.
-extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads) draft_extend_tiles(const nsa::DraftExtendArgs args) {
+extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads)
+    draft_extend_tiles(const nsa::DraftExtendArgs args) {
   __shared__ nsa::Sum warp_totals[nsa::kBlockWarps];
   const nsa::Lengths extend = nsa::extend_lengths(args);
   const nsa::Lengths seq = nsa::seq_lengths(args);
@@ -291,6 +294,7 @@ extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads) draft_extend_ti
 }
 
 // Grid: any, after draft_extend_tiles on the same stream.
-extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads) draft_extend_tiled(const nsa::DraftExtendArgs args) {
+extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads)
+    draft_extend_tiled(const nsa::DraftExtendArgs args) {
   nsa::draft_extend_block<true>(args);
 }

@@ -67,9 +67,7 @@ def draft_extend(
     bs = lengths("extend_seq_lens", extend_seq_lens)
     num_seq_lens = lengths("seq_lens", seq_lens)
     if num_seq_lens != bs:
-        raise ValueError(
-            f"seq_lens: expected [{bs}] like extend_seq_lens, got [{num_seq_lens}]"
-        )
+        raise ValueError(f"seq_lens: expected [{bs}] like extend_seq_lens, got [{num_seq_lens}]")
     room_expanded = output("out_seqlens_expanded", out_seqlens_expanded)
     room_clamped = output("out_nsa_cache_seqlens", out_nsa_cache_seqlens)
     limit = min(room_expanded, room_clamped, INT32_MAX)
@@ -84,12 +82,12 @@ def draft_extend(
             )
         limit = total_tokens
 
-    device = extend_seq_lens.get_device()
-    if (
-        seq_lens.get_device() != device
-        or out_seqlens_expanded.get_device() != device
-        or out_nsa_cache_seqlens.get_device() != device
-        or not (extend_seq_lens.is_cuda or extend_seq_lens.is_cpu)
+    device = extend_seq_lens.get_device()  # -1 on the CPU, and on no device at all
+    if not (
+        seq_lens.get_device() == device
+        and out_seqlens_expanded.get_device() == device
+        and out_nsa_cache_seqlens.get_device() == device
+        and extend_seq_lens.is_cuda
     ):
         same_device(
             extend_seq_lens=extend_seq_lens,
@@ -113,8 +111,12 @@ def draft_extend(
         if (expanded_ptr < extend_end and extend_ptr < expanded_end) or (
             clamped_ptr < extend_end and extend_ptr < clamped_end
         ):
-            outside_input("out_seqlens_expanded", out_seqlens_expanded, "extend_seq_lens", extend_seq_lens)
-            outside_input("out_nsa_cache_seqlens", out_nsa_cache_seqlens, "extend_seq_lens", extend_seq_lens)
+            outside_input(
+                "out_seqlens_expanded", out_seqlens_expanded, "extend_seq_lens", extend_seq_lens
+            )
+            outside_input(
+                "out_nsa_cache_seqlens", out_nsa_cache_seqlens, "extend_seq_lens", extend_seq_lens
+            )
         if (expanded_ptr < seq_end and seq_ptr < expanded_end) or (
             clamped_ptr < seq_end and seq_ptr < clamped_end
         ):
@@ -136,10 +138,9 @@ def draft_extend(
     )
 
 
-def out_total(tensor: Any, call: DraftExtendCall) -> torch.Tensor:
+def out_total(array: Any, call: DraftExtendCall) -> torch.Tensor:
     """Check the ``out_total`` [2] of an asynchronous call against its other arguments."""
-    if not isinstance(tensor, _Tensor):
-        tensor = as_tensor("out_total", tensor, writable=True)
+    tensor = as_tensor("out_total", array, writable=True)
     room = output("out_total", tensor)
     if room != 2:
         raise ValueError(f"out_total: expected shape [2] (total, status), got [{room}]")
@@ -217,7 +218,7 @@ def outside_input(out_name: str, out: torch.Tensor, other_name: str, other: torc
     size, step = other.element_size(), other.element_size() * other.stride(0)
     out_begin = out.data_ptr() - other.data_ptr()
     out_end = out_begin + out.element_size() * out.numel()
-    # The first element of `other` that ends behind out_begin; it overlaps if it begins before out_end.
+    # The first element of `other` that ends behind out_begin overlaps if it begins before out_end.
     first = 0 if step == 0 else max(0, (out_begin - size) // step + 1)
     begin = first * step
     if first < other.numel() and begin < out_end and begin + size > out_begin:
@@ -269,8 +270,7 @@ def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:
         return torch.utils.dlpack.from_dlpack(capsule)
     except (BufferError, RuntimeError, TypeError) as error:
         raise TypeError(
-            f"{name}: expected an array that DLPack can share, got {type(array).__name__} "
-            f"({error})"
+            f"{name}: expected an array that DLPack can share, got {type(array).__name__} ({error})"
         ) from error
 
 

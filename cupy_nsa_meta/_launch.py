@@ -27,7 +27,9 @@ from . import _module
 
 NUM_SLOTS = 1024  # calls that can wait for a result at the same time, per device
 SLOT_BYTES = 64  # a cache line each: no two waiting threads share one
-SPIN_NS = 50_000  # the GPU work of a call is a few microseconds; behind queued work the GIL is freed
+SPIN_NS = (
+    50_000  # the GPU work of a call is a few microseconds; behind queued work the GIL is freed
+)
 EPOCH_SHIFT = 35
 EPOCH_MASK = (1 << 29) - 1
 ARGS_BYTES = 512  # room for the largest argument struct; the driver copies what a kernel declares
@@ -154,7 +156,7 @@ class DeviceState:
         return word & ((1 << EPOCH_SHIFT) - 1)
 
 
-class relaxed_capture:  # noqa: N801 - used like a function
+class relaxed_capture:
     """Let this thread wait, load and allocate while another thread captures a CUDA graph.
 
     With a capture of the default mode under way anywhere in the process, the driver refuses such

@@ -68,7 +68,9 @@ def source(stem: str) -> str:
 def import_cupy() -> Any:
     """CuPy, or a ``KernelUnavailableError`` that says why not and what to do."""
     if not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        built = (
+            f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        )
         raise KernelUnavailableError(
             f"torch {torch.__version__} ({built}) sees no CUDA device; the CUDA backend needs an "
             "NVIDIA GPU, its driver (nvidia-smi should list it) and a CUDA build of torch"
@@ -102,7 +104,9 @@ def _cupy_distributions() -> list[str]:
         (distribution.metadata["Name"] or "").lower()
         for distribution in importlib.metadata.distributions()
     }
-    return sorted(name for name in names if name == "cupy" or name.startswith(("cupy-cuda", "cupy-rocm")))
+    return sorted(
+        name for name in names if name == "cupy" or name.startswith(("cupy-cuda", "cupy-rocm"))
+    )
 
 
 def load(stem: str, device: int) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def draft_extend_error(
 ) -> ValueError:
     """The ``ValueError`` for a draft-extend status other than 0; the same text on every backend.
 
-    ``limit`` is the capacity (status 1) or the given ``total_tokens`` (status 4). For statuses 2 and
-    3 the lengths are read back to name the request: this runs only on the way to an exception.
+    ``limit`` is the capacity (status 1) or the given ``total_tokens`` (status 4). For statuses 2
+    and 3 the lengths are read back to name the request, which only a raised exception pays.
     """
     if status == Status.OVER_CAPACITY:
         return ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,7 +15,7 @@ from . import _check, _env, _launch
 from ._check import DraftExtendCall
 from ._status import draft_extend_error
 
-#: ``struct DraftExtendArgs`` of draft_extend.cu: 8 pointers, 2 strides, 5 ints, flags, epoch, padding.
+#: ``struct DraftExtendArgs``: 8 pointers, 2 strides, 5 ints, flags, epoch, padding.
 ARGS = struct.Struct("<8Q2q5i2I4x")
 assert ARGS.size <= _launch.ARGS_BYTES
 
@@ -278,7 +278,7 @@ def fill_draft_extend_metadata_cuda_async(
 
 
 def warm(device: int) -> None:
-    """Launch every kernel once, on batches without rows: the driver loads code at the first launch."""
+    """Launch every kernel once, without rows: the driver loads code at the first launch."""
     with torch.cuda.device(device):
         lengths = torch.zeros(ONE_LAUNCH_MAX_BS + 1, dtype=torch.int32, device="cuda")
         outs = torch.empty((2, 1), dtype=torch.int32, device="cuda")

@@ -34,7 +34,7 @@ _SIZES = [
 ]
 
 
-@triton.jit(
+@triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=_SIZES,
     do_not_specialize_on_alignment=[
         "extend_seq_lens",
@@ -78,7 +78,9 @@ def draft_extend_kernel(  # type: ignore[no-untyped-def]
         for begin in range(0, bs, BLOCK):
             idx = (begin + lane).to(tl.int64)
             inside = idx < bs
-            extend = tl.load(extend_seq_lens + idx * extend_stride, mask=inside, other=0).to(tl.int64)
+            extend = tl.load(extend_seq_lens + idx * extend_stride, mask=inside, other=0).to(
+                tl.int64
+            )
             seq = tl.load(seq_lens + idx * seq_stride, mask=inside, other=0).to(tl.int64)
             beyond = (extend > 2147483647) | (seq > 2147483647) | (seq < -2147483648)
             negative = tl.maximum(negative, tl.max((extend < 0).to(tl.int32), 0))
@@ -157,7 +159,7 @@ def _enqueue(call: DraftExtendCall, total_is_given: bool, out_total: torch.Tenso
 
 
 def _runs_triton(call: DraftExtendCall) -> bool:
-    """CUDA tensors, or CPU tensors in Triton's interpreter; other CPU tensors go to the reference."""
+    """CUDA tensors, or CPU tensors in Triton's interpreter; others go to the reference."""
     return call.device >= 0 or knobs.runtime.interpret
 
 

@@ -95,7 +95,9 @@ class Outputs:
     def __init__(self, case: Case, device: str | torch.device = "cpu") -> None:
         self.case = case
         self.allocations = [
-            torch.full((case.capacity + offset + self.GUARD,), POISON, dtype=torch.int32, device=device)
+            torch.full(
+                (case.capacity + offset + self.GUARD,), POISON, dtype=torch.int32, device=device
+            )
             for offset in case.offsets
         ]
         self.expanded, self.clamped = (
@@ -136,7 +138,9 @@ def case(name: str, reason: str, extend: object, seq: object, **options: object)
     )
 
 
-def random_case(name: str, reason: str, bs: int, max_extend: int, seed: int, **options: object) -> Case:
+def random_case(
+    name: str, reason: str, bs: int, max_extend: int, seed: int, **options: object
+) -> Case:
     """Extend lengths 0..max_extend, a sixth of them 0; KV lengths from below the extend to 9,000."""
     rng = np.random.default_rng(seed)
     extend = rng.integers(0, max_extend + 1, bs) * (rng.random(bs) > 1 / 6)

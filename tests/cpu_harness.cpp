@@ -3,8 +3,6 @@
 // first byte past it. The protocol is that of cpu_kernels.py.
 #include "cuda_on_cpu.h"
 //
-#include "draft_extend.cu"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +10,8 @@
 #include <map>
 #include <string>
 #include <vector>
+
+#include "draft_extend.cu"
 
 namespace {
 

@@ -22,7 +22,9 @@ TWO_LAUNCHES = [case for case in CASES if case.bs > 16384]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", ["fill_draft_extend_metadata_python", "fill_draft_extend_metadata"])
+@pytest.mark.parametrize(
+    "name", ["fill_draft_extend_metadata_python", "fill_draft_extend_metadata"]
+)
 def test_python(case, name):
     check_case(getattr(cupy_nsa_meta, name), case, "cpu")
 

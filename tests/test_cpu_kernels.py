@@ -12,7 +12,7 @@ from cpu_kernels import HarnessError, Patch
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
 
-SMALL = [case for case in CASES if case.bs <= 300 and case.total <= 6000 or case.total < 0]
+SMALL = [case for case in CASES if (case.bs <= 300 and case.total <= 6000) or case.total < 0]
 FATAL_SUMS = [case for case in CASES if case.total > 2**27]
 # Under ThreadSanitizer a block costs a quarter of a second: the cases that differ in barriers.
 RACE_CASES = [
@@ -59,7 +59,9 @@ def test_device_data_that_points_nowhere_writes_nothing():
     job = dataclasses.replace(job, args=bytes(args), pointers=kept)
     (buffers,) = cpu_kernels.run(cpu_kernels.build("address"), [job])
     assert buffers[cpu_kernels.OUT_TOTAL] == buffers[cpu_kernels.RESULT] == b"\x55" * 8
-    assert buffers[cpu_kernels.EXPANDED][:4] == int(case.expected().expanded[0]).to_bytes(4, "little")
+    assert buffers[cpu_kernels.EXPANDED][:4] == int(case.expected().expanded[0]).to_bytes(
+        4, "little"
+    )
 
 
 # ---- Planted faults: a check that cannot fail is not one ---------------------------------------

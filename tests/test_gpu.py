@@ -114,9 +114,13 @@ def test_rows_up_to_int32_max():
     for q, kv in zip(q_lens, kv_lens, strict=True):
         for begin in range(0, q, 1 << 27):
             rows = min(1 << 27, q - begin)
-            wanted = torch.arange(
-                kv - q + 1 + begin, kv - q + 1 + begin + rows, device=DEVICE, dtype=torch.int64
-            ).clamp_(min=0).to(torch.int32)
+            wanted = (
+                torch.arange(
+                    kv - q + 1 + begin, kv - q + 1 + begin + rows, device=DEVICE, dtype=torch.int64
+                )
+                .clamp_(min=0)
+                .to(torch.int32)
+            )
             chunk = slice(at + begin, at + begin + rows)
             assert torch.equal(outs[0][chunk], wanted)
             assert torch.equal(outs[1][chunk], wanted.clamp_(max=2048))
@@ -231,8 +235,7 @@ def test_capture_and_replay_with_changed_lengths(form, name):
             fill_draft_extend_metadata_async(*arguments, out_total=out_total)
         else:
             assert (
-                fill_draft_extend_metadata_cuda(*arguments, total_tokens=first.total)
-                == first.total
+                fill_draft_extend_metadata_cuda(*arguments, total_tokens=first.total) == first.total
             )
     for item in (first, second, first):
         extend.copy_(torch.from_numpy(item.extend))
@@ -261,9 +264,10 @@ def test_a_total_cannot_be_returned_while_capturing():
                 fill(extend, seq, 2048, outputs.expanded, outputs.clamped)
     torch.cuda.synchronize()
     outputs.poison()
-    assert fill_draft_extend_metadata_cuda(
-        extend, seq, 2048, outputs.expanded, outputs.clamped
-    ) == item.total
+    assert (
+        fill_draft_extend_metadata_cuda(extend, seq, 2048, outputs.expanded, outputs.clamped)
+        == item.total
+    )
 
 
 @pytest.mark.parametrize("queued", [0, 60_000_000], ids=["idle", "behind_30_ms"])

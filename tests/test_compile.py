@@ -1,0 +1,115 @@
+"""Every file of cuda_src/ by NVRTC, for every architecture, without a GPU: no spills, few registers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cupy_nsa_meta import _module, draft_extend
+
+nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+if nvrtc.getVersion()[0] == 12:  # NVRTC 13 has dropped Volta
+    ARCHITECTURES.insert(0, "sm_70")
+# Six blocks of 256 threads share the 65,536 registers of a multiprocessor.
+MAX_REGISTERS = 65536 // (draft_extend.BLOCKS_PER_SM * draft_extend.BLOCK_THREADS)
+MAX_STATIC_SHARED = 48 * 1024
+
+
+def compile_source(text: str, architecture: str) -> tuple[bytes, str]:
+    program = nvrtc.createProgram(text, "test.cu", (), ())
+    options = (*_module.compile_options(), f"-arch={architecture}", "--ptxas-options=-v")
+    try:
+        nvrtc.compileProgram(program, options)
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise AssertionError(nvrtc.getProgramLog(program)) from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def resources(log: str) -> dict[str, dict[str, int]]:
+    """Registers, spilled bytes and shared memory of each kernel, from the report of ptxas."""
+    found: dict[str, dict[str, int]] = {}
+    for part in log.split("Compiling entry function '")[1:]:
+        name = part.partition("'")[0]
+        found[name] = {
+            "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+            "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", part)),
+            "shared": int((re.search(r"(\d+) bytes smem", part) or [0, 0])[1]),
+        }
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("stem", _module.KERNELS)
+def test_compiles_without_spills(stem, architecture):
+    cubin, log = compile_source(_module.source(stem), architecture)
+    assert cubin[:4] == b"\x7fELF"
+    found = resources(log)
+    assert set(found) == set(_module.KERNELS[stem])
+    for name, used in found.items():
+        assert used["spills"] == 0, name
+        assert used["registers"] <= MAX_REGISTERS, name
+        assert used["shared"] <= MAX_STATIC_SHARED, name
+    # The one warning there may be is NVRTC's own, about architectures before sm_75.
+    assert [
+        line for line in log.splitlines() if "warning" in line and "deprecated" not in line
+    ] == []
+
+
+def test_the_report_is_read():
+    spilling = """
+    extern "C" __global__ void __launch_bounds__(1024, 2) spills(float* p) {
+      float v[48];
+      #pragma unroll
+      for (int i = 0; i < 48; ++i) v[i] = p[i * 97];
+      __syncthreads();
+      #pragma unroll
+      for (int i = 0; i < 48; ++i) p[i * 89] = v[i] * v[47 - i] + v[(i * 5) % 48];
+    }"""
+    found = resources(compile_source(spilling, "sm_80")[1])
+    assert found["spills"]["spills"] > 0
+
+
+def test_every_source_file_is_listed():
+    stems = {path.stem for path in _module.source_dir().glob("*.cu")}
+    assert stems == set(_module.KERNELS)
+
+
+def test_an_edited_header_changes_the_cache_key(monkeypatch, tmp_path):
+    """CuPy's cache key holds the source text and the options, but no included file."""
+    for path in _module.source_dir().glob("*.cu*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(_module, "source_dir", lambda: tmp_path)
+
+    def options():
+        _module.source_digest.cache_clear()
+        return _module.compile_options()
+
+    try:
+        before = options()
+        assert options() == before
+        with (tmp_path / "common.cuh").open("a") as header:
+            header.write("// edited\n")
+        assert options() != before
+    finally:
+        _module.source_digest.cache_clear()
+
+
+def test_the_constants_of_host_and_device_agree():
+    text = _module.source("draft_extend") + (_module.source_dir() / "common.cuh").read_text()
+    for device_name, value in {
+        "kBlockThreads": draft_extend.BLOCK_THREADS,
+        "kMaxEntries": draft_extend.MAX_ENTRIES,
+        "kGroup": draft_extend.GROUP,
+        "kOneLaunchMaxBs": draft_extend.ONE_LAUNCH_MAX_BS,
+        "kExtendIsInt64": draft_extend.EXTEND_IS_INT64,
+        "kSeqIsInt64": draft_extend.SEQ_IS_INT64,
+        "kLinearSearch": draft_extend.LINEAR_SEARCH,
+        "kTotalIsGiven": draft_extend.TOTAL_IS_GIVEN,
+    }.items():
+        assert re.search(rf"\b{device_name} = {value}\b", text), device_name
+    assert f"sizeof(DraftExtendArgs) == {draft_extend.ARGS.size}," in text
