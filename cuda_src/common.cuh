@@ -1,5 +1,5 @@
-// Device code that every kernel of this package shares: typed loads of length arrays, saturating
-// sums that carry the status of a batch, and the block-wide scan over them.
+// Device code that every kernel of this package shares: typed loads of length arrays, scans over
+// requests that notice what leaves int32, and searches.
 //
 // Plain C++17 without headers, so that NVRTC compiles it in tens of milliseconds and the tests
 // compile the same text with g++ (tests/cuda_on_cpu.h).
@@ -30,23 +30,6 @@ enum Status {
   kTotalMismatch = 4,   // T differs from the given total_tokens
 };
 
-// ---- Saturating sums ----------------------------------------------------------------------------
-// A Sum is a count in [0, 2^31 - 1] or one of two marks above that range. Marks survive addition,
-// the larger one wins, so the total of a batch alone tells its status, in whatever order it was
-// added up: sum_add is associative and commutative.
-typedef u32 Sum;
-constexpr Sum kSumOutside = 0x80000000u;   // some value or partial sum left int32
-constexpr Sum kSumNegative = 0xffffffffu;  // some extend length was negative
-
-__device__ __forceinline__ bool sum_is_marked(Sum a) { return a >= kSumOutside; }
-
-__device__ __forceinline__ Sum sum_add(Sum a, Sum b) {
-  const bool marked = sum_is_marked(a | b);
-  const Sum larger = a > b ? a : b;
-  const Sum added = a + b;  // at most 2^32 - 2 when neither is marked
-  return marked ? larger : (added < kSumOutside ? added : kSumOutside);
-}
-
 // ---- Lengths: int32 or int64, any stride --------------------------------------------------------
 struct Lengths {
   const int* words;  // little-endian: an int64 is its low word, then its high word
@@ -61,44 +44,98 @@ struct Lengths {
     const int high = is_int64 ? __ldg(word + 1) : low >> 31;
     return static_cast<i64>(static_cast<u64>(static_cast<u32>(high)) << 32 | static_cast<u32>(low));
   }
+
+  // values[k] = the length at first + k * kBlockThreads, 0 at and past `end`; all in flight at once.
+  template <int kCount>
+  __device__ __forceinline__ void load(i64 (&values)[kCount], int first, int end) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int idx = first + k * kBlockThreads;
+      values[k] = idx < end ? (*this)[idx] : 0;
+    }
+  }
 };
 
 __device__ __forceinline__ bool fits_int32(i64 v) { return v >= kInt32Min && v <= kInt32Max; }
 
-// ---- Block scan ---------------------------------------------------------------------------------
-__device__ __forceinline__ Sum warp_inclusive_scan(Sum v) {
+// ---- Scans over requests ------------------------------------------------------------------------
+// Sums are 32-bit and exact as long as no flag is raised. Values are below 2^31, so one addition of
+// two good sums stays below 2^32 and shows in the sign bit when it leaves int32; whoever adds ORs
+// its sums together and turns that bit into kFlagOutside. Once a flag is up the sums mean nothing,
+// the batch has no rows, and the flags of all threads tell its status.
+constexpr u32 kFlagNegative = 1;  // some extend length was negative
+constexpr u32 kFlagOutside = 2;   // some length or sum left int32
+
+__device__ __forceinline__ u32 outside_flag(u32 all_sums) { return all_sums >> 31 << 1; }
+
+// What a request adds to the sums; 0 with a flag where it must not count.
+__device__ __forceinline__ u32 request_rows(i64 extend, i64 seq, u32* flags) {
+  const bool outside = extend > kInt32Max || !fits_int32(seq);
+  if (extend < 0) *flags |= kFlagNegative;
+  if (outside) *flags |= kFlagOutside;
+  return extend < 0 || outside ? 0 : static_cast<u32>(extend);
+}
+
+// Inclusive sums over the lanes of a warp.
+__device__ __forceinline__ u32 warp_inclusive_scan(u32 v, u32* flags) {
   const int lane = threadIdx.x % kWarpThreads;
+  u32 all_sums = v;
 #pragma unroll
   for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    const Sum below = __shfl_up_sync(kFullWarp, v, distance);
-    if (lane >= distance) v = sum_add(below, v);
+    const u32 below = __shfl_up_sync(kFullWarp, v, distance);
+    if (lane >= distance) v += below;
+    all_sums |= v;
   }
+  *flags |= outside_flag(all_sums);
   return v;
 }
 
-// Exclusive prefix of `v` over the threads of the block. `warp_totals` [kBlockWarps] is shared
-// memory that is free on entry; *block_total receives the sum over all threads. One barrier inside;
-// the caller puts a barrier before the next use of `warp_totals`.
-__device__ __forceinline__ Sum block_exclusive_scan(Sum v, Sum* warp_totals, Sum* block_total) {
+// The flags of a warp, in every lane. Raised flags are rare: one vote in the common case.
+__device__ __forceinline__ u32 warp_flags(u32 flags) {
+  if (!__any_sync(kFullWarp, flags != 0)) return 0;
+  return (__any_sync(kFullWarp, (flags & kFlagNegative) != 0) ? kFlagNegative : 0) |
+         (__any_sync(kFullWarp, (flags & kFlagOutside) != 0) ? kFlagOutside : 0);
+}
+
+struct alignas(16) WarpSums {
+  u32 totals[kBlockWarps];
+  u32 flags[kBlockWarps];
+};
+
+// A sum over the whole block, the same in every thread.
+struct BlockSum {
+  u64 total;
+  u32 flags;
+};
+
+// Exclusive sums over the threads of the block. `sums` is shared memory that is free on entry. One
+// barrier inside; the caller puts a barrier before the next use of `sums`.
+__device__ __forceinline__ u32 block_exclusive_scan(u32 v, u32 flags, WarpSums& sums, BlockSum* block) {
   const int warp = threadIdx.x / kWarpThreads;
   const int lane = threadIdx.x % kWarpThreads;
-  const Sum inclusive = warp_inclusive_scan(v);
-  if (lane == kWarpThreads - 1) warp_totals[warp] = inclusive;
-  const Sum from_left = __shfl_up_sync(kFullWarp, inclusive, 1);
+  const u32 inclusive = warp_inclusive_scan(v, &flags);
+  flags = warp_flags(flags);
+  if (lane == kWarpThreads - 1) {
+    sums.totals[warp] = inclusive;
+    sums.flags[warp] = flags;
+  }
   __syncthreads();
-  Sum before = 0, total = 0;
+  u32 before = 0;
+  block->total = 0;
+  block->flags = 0;
 #pragma unroll
   for (int w = 0; w < kBlockWarps; ++w) {
-    if (w == warp) before = total;
-    total = sum_add(total, warp_totals[w]);
+    if (w < warp) before += sums.totals[w];
+    block->total += sums.totals[w];
+    block->flags |= sums.flags[w];
   }
-  *block_total = total;
-  return lane == 0 ? before : sum_add(before, from_left);
+  if (block->total > static_cast<u64>(kInt32Max)) block->flags |= kFlagOutside;
+  return before + inclusive - v;
 }
 
 // ---- Search -------------------------------------------------------------------------------------
 // First index in [begin, end) whose value is > key, or end. `values` does not decrease.
-__device__ __forceinline__ int upper_bound(const Sum* values, int begin, int end, Sum key) {
+__device__ __forceinline__ int upper_bound(const u32* values, int begin, int end, u32 key) {
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
     if (values[middle] <= key) {
@@ -108,13 +145,6 @@ __device__ __forceinline__ int upper_bound(const Sum* values, int begin, int end
     }
   }
   return begin;
-}
-
-// The same for a handful of values, without a data-dependent branch.
-__device__ __forceinline__ int upper_bound_linear(const Sum* values, int begin, int end, Sum key) {
-  int found = begin;
-  for (int idx = begin; idx < end; ++idx) found += values[idx] <= key ? 1 : 0;
-  return found;
 }
 
 }  // namespace nsa

@@ -18,7 +18,13 @@ import torch
 MINIMUM_CUPY = (14, 0)
 #: Kernels of each source file in ``cuda_src/``; the tests compile all of them.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "draft_extend": ("draft_extend", "draft_extend_tiles", "draft_extend_tiled"),
+    "draft_extend": (
+        "draft_extend_warp",
+        "draft_extend_block",
+        "draft_extend_large",
+        "draft_extend_tiles",
+        "draft_extend_tiled",
+    ),
 }
 
 _compile_lock = threading.RLock()

@@ -20,15 +20,17 @@ ARGS = struct.Struct("<8Q2q5i2I4x")
 assert ARGS.size <= _launch.ARGS_BYTES
 
 BLOCK_THREADS = _launch.BLOCK_THREADS
-ROWS_PER_TILE = 4 * BLOCK_THREADS  # kRowsPerTile
+WARP_MAX_BS = 32  # kWarpMaxBs
+BLOCK_MAX_BS = 1024  # kBlockMaxBs
 MAX_ENTRIES = 4096  # kMaxEntries
-LINEAR_SEARCH_MAX_BS = 16
 GROUP = 4  # kGroup
-ONE_LAUNCH_MAX_BS = MAX_ENTRIES * GROUP
+ONE_LAUNCH_MAX_BS = MAX_ENTRIES * GROUP  # kOneLaunchMaxBs
+LINEAR_SEARCH_MAX_BS = 16
 BLOCKS_PER_SM = 6  # resident blocks, bounded by 33 KB of shared memory each
-#: A block adds up the whole batch before it writes a row: with more blocks than multiprocessors, it
-#: shall write this many rows for every entry that it reads.
+#: Every block reads the whole batch. More blocks than multiprocessors read it for few rows, or
+#: write this many rows for every request (or tile) that they read.
 ROWS_PER_ENTRY_READ = 8
+FEW_REQUESTS = 2048
 
 EXTEND_IS_INT64 = 1
 SEQ_IS_INT64 = 2
@@ -53,11 +55,11 @@ def geometry(bs: int, limit: int, num_sms: int) -> Geometry:
     else:  # whole chunks of a block: 1,000,000 requests make 3,907 tiles of 256
         requests_per_entry = -(-bs // (MAX_ENTRIES * BLOCK_THREADS)) * BLOCK_THREADS
     num_entries = -(-bs // requests_per_entry)
-    grid = -(-limit // ROWS_PER_TILE)
+    grid = -(-limit // BLOCK_THREADS)
     if grid > num_sms:
-        read = num_entries if bs > ONE_LAUNCH_MAX_BS else bs
-        per_sm = limit // (num_sms * ROWS_PER_ENTRY_READ * (read + 1))
-        grid = min(grid, num_sms * min(max(per_sm, 1), BLOCKS_PER_SM))
+        read = max(num_entries if bs > ONE_LAUNCH_MAX_BS else bs, 1)
+        per_sm = max(FEW_REQUESTS // read, limit // (num_sms * ROWS_PER_ENTRY_READ * read), 1)
+        grid = min(grid, num_sms * min(per_sm, BLOCKS_PER_SM))
     return Geometry(max(grid, 1), num_entries, requests_per_entry)
 
 
@@ -105,8 +107,12 @@ def pack(
 
 def launches(bs: int, shape: Geometry) -> tuple[tuple[str, int], ...]:
     """Kernel names and grids of a batch, in order."""
+    if bs <= WARP_MAX_BS:
+        return (("draft_extend_warp", shape.grid),)
+    if bs <= BLOCK_MAX_BS:
+        return (("draft_extend_block", shape.grid),)
     if bs <= ONE_LAUNCH_MAX_BS:
-        return (("draft_extend", shape.grid),)
+        return (("draft_extend_large", shape.grid),)
     return (("draft_extend_tiles", shape.num_entries), ("draft_extend_tiled", shape.grid))
 
 
@@ -282,7 +288,7 @@ def warm(device: int) -> None:
     with torch.cuda.device(device):
         lengths = torch.zeros(ONE_LAUNCH_MAX_BS + 1, dtype=torch.int32, device="cuda")
         outs = torch.empty((2, 1), dtype=torch.int32, device="cuda")
-        for bs in (1, ONE_LAUNCH_MAX_BS + 1):
+        for bs in (WARP_MAX_BS, BLOCK_MAX_BS, ONE_LAUNCH_MAX_BS, ONE_LAUNCH_MAX_BS + 1):
             fill_draft_extend_metadata_cuda(lengths[:bs], lengths[:bs], 1, outs[0], outs[1])
 
 

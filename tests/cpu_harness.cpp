@@ -32,8 +32,8 @@ Kernel wrap(void (*kernel)(Args)) {
 }
 
 const std::map<std::string, Kernel> kKernels = {
-    {"draft_extend", wrap(draft_extend)},
-    {"draft_extend_tiles", wrap(draft_extend_tiles)},
+    {"draft_extend_warp", wrap(draft_extend_warp)},   {"draft_extend_block", wrap(draft_extend_block)},
+    {"draft_extend_large", wrap(draft_extend_large)}, {"draft_extend_tiles", wrap(draft_extend_tiles)},
     {"draft_extend_tiled", wrap(draft_extend_tiled)},
 };
 

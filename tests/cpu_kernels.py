@@ -22,7 +22,7 @@ from cupy_nsa_meta import _module, draft_extend
 from cupy_nsa_meta._check import DraftExtendCall
 
 TESTS = Path(__file__).resolve().parent
-NUM_SMS = 3  # blocks run one after another: a few exercise the split as well as 132 do
+NUM_SMS = 1  # six blocks at most: they run one after another, and large batches reach quad mode
 SANITIZERS = {
     "plain": (),
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),

@@ -85,6 +85,21 @@ void launch(void (*kernel)(Args), unsigned grid, const Args& args) {
 inline void __syncthreads() { cuda_on_cpu::block_barrier.arrive_and_wait(); }
 
 template <class T>
+inline T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_on_cpu::exchange(value, lane);
+}
+
+inline bool __any_sync(unsigned, bool predicate) {
+  cuda_on_cpu::Warp& warp = cuda_on_cpu::warps[threadIdx.x / cuda_on_cpu::kWarp];
+  warp.slots[threadIdx.x % cuda_on_cpu::kWarp] = predicate;
+  warp.barrier.arrive_and_wait();
+  bool any = false;
+  for (const std::uint64_t slot : warp.slots) any |= slot != 0;
+  warp.barrier.arrive_and_wait();
+  return any;
+}
+
+template <class T>
 inline T __shfl_up_sync(unsigned, T value, int distance) {
   const int lane = threadIdx.x % cuda_on_cpu::kWarp;
   return cuda_on_cpu::exchange(value, lane < distance ? lane : lane - distance);
