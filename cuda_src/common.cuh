@@ -31,53 +31,72 @@ enum Status {
 };
 
 // ---- Lengths: int32 or int64, any stride --------------------------------------------------------
+// A length as two 32-bit words, so that both types share one load path without a branch around it.
+struct Length {
+  int low;
+  int high;  // of an int32: its sign
+
+  __device__ __forceinline__ bool fits_int32() const { return high == low >> 31; }
+};
+
 struct Lengths {
   const int* words;  // little-endian: an int64 is its low word, then its high word
   i64 stride;        // in elements
   bool is_int64;
 
-  // Read as 32-bit words, so that both types share one load path without a branch around it.
-  __device__ __forceinline__ i64 operator[](i64 idx) const {
+  __device__ __forceinline__ Length operator[](i64 idx) const {
     const i64 at = idx * stride;  // 64-bit: idx * stride passes 2^31
     const int* const word = words + (is_int64 ? 2 * at : at);
     const int low = __ldg(word);
-    const int high = is_int64 ? __ldg(word + 1) : low >> 31;
-    return static_cast<i64>(static_cast<u64>(static_cast<u32>(high)) << 32 | static_cast<u32>(low));
+    return {low, is_int64 ? __ldg(word + 1) : low >> 31};
   }
 
-  // values[k] = the length at first + k * kBlockThreads, 0 at and past `end`; all in flight at once.
+  // lengths[k] = the length at first + k * kBlockThreads, the last one past the end. All loads go
+  // out before the first is used: a use between them would make each wait for the one before.
   template <int kCount>
-  __device__ __forceinline__ void load(i64 (&values)[kCount], int first, int end) const {
+  __device__ __forceinline__ void load(Length (&lengths)[kCount], int first, int end) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const int idx = first + k * kBlockThreads;
-      values[k] = idx < end ? (*this)[idx] : 0;
+      const i64 at = min(first + k * kBlockThreads, end - 1) * stride;
+      const int* const word = words + (is_int64 ? 2 * at : at);
+      lengths[k].low = __ldg(word);
+      lengths[k].high = is_int64 ? __ldg(word + 1) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      if (!is_int64) lengths[k].high = lengths[k].low >> 31;
     }
   }
 };
 
-__device__ __forceinline__ bool fits_int32(i64 v) { return v >= kInt32Min && v <= kInt32Max; }
-
 // ---- Scans over requests ------------------------------------------------------------------------
-// Sums are 32-bit and exact as long as no flag is raised. Values are below 2^31, so one addition of
-// two good sums stays below 2^32 and shows in the sign bit when it leaves int32; whoever adds ORs
-// its sums together and turns that bit into kFlagOutside. Once a flag is up the sums mean nothing,
-// the batch has no rows, and the flags of all threads tell its status.
-constexpr u32 kFlagNegative = 1;  // some extend length was negative
-constexpr u32 kFlagOutside = 2;   // some length or sum left int32
+// Sums are 32-bit and right as long as nothing is marked. Values are below 2^31, so one addition of
+// two good sums stays below 2^32 and shows in the sign bit when it leaves int32. Whoever adds ORs
+// the sums together and marks that bit. A marked batch has no rows, so its sums may be anything.
+struct Marks {
+  u32 bad = 0;    // not 0: some length or sum of this thread is not good
+  int signs = 0;  // below 0: some extend length was negative
 
-__device__ __forceinline__ u32 outside_flag(u32 all_sums) { return all_sums >> 31 << 1; }
+  // An extend length must be in [0, 2^31), a KV length in int32.
+  __device__ __forceinline__ void check(Length extend, Length seq) {
+    bad |= extend.high | extend.low >> 31 | (seq.high ^ seq.low >> 31);
+    signs |= extend.high;
+  }
+  __device__ __forceinline__ void check_sums(u32 all_sums) { bad |= all_sums >> 31; }
+};
 
-// What a request adds to the sums; 0 with a flag where it must not count.
-__device__ __forceinline__ u32 request_rows(i64 extend, i64 seq, u32* flags) {
-  const bool outside = extend > kInt32Max || !fits_int32(seq);
-  if (extend < 0) *flags |= kFlagNegative;
-  if (outside) *flags |= kFlagOutside;
-  return extend < 0 || outside ? 0 : static_cast<u32>(extend);
+constexpr u32 kMarked = 0x80000000u;  // of a total: there are no rows
+constexpr u32 kMarkedNegative = kMarked | 1;
+constexpr u32 kMarkedOutside = kMarked;
+
+// The total of a warp, or its mark; the same in every lane.
+__device__ __forceinline__ u32 warp_word(u32 total, const Marks& marks) {
+  if (!__any_sync(kFullWarp, marks.bad != 0)) return total;
+  return __any_sync(kFullWarp, marks.signs < 0) ? kMarkedNegative : kMarkedOutside;
 }
 
 // Inclusive sums over the lanes of a warp.
-__device__ __forceinline__ u32 warp_inclusive_scan(u32 v, u32* flags) {
+__device__ __forceinline__ u32 warp_inclusive_scan(u32 v, Marks& marks) {
   const int lane = threadIdx.x % kWarpThreads;
   u32 all_sums = v;
 #pragma unroll
@@ -86,51 +105,49 @@ __device__ __forceinline__ u32 warp_inclusive_scan(u32 v, u32* flags) {
     if (lane >= distance) v += below;
     all_sums |= v;
   }
-  *flags |= outside_flag(all_sums);
+  marks.check_sums(all_sums);
   return v;
 }
 
-// The flags of a warp, in every lane. Raised flags are rare: one vote in the common case.
-__device__ __forceinline__ u32 warp_flags(u32 flags) {
-  if (!__any_sync(kFullWarp, flags != 0)) return 0;
-  return (__any_sync(kFullWarp, (flags & kFlagNegative) != 0) ? kFlagNegative : 0) |
-         (__any_sync(kFullWarp, (flags & kFlagOutside) != 0) ? kFlagOutside : 0);
-}
-
-struct alignas(16) WarpSums {
-  u32 totals[kBlockWarps];
-  u32 flags[kBlockWarps];
+struct alignas(16) WarpWords {
+  u32 words[kBlockWarps];
 };
 
-// A sum over the whole block, the same in every thread.
-struct BlockSum {
-  u64 total;
-  u32 flags;
+// What every thread knows after a block-wide scan.
+struct BlockScan {
+  u32 before;                  // sum over the threads before this one
+  u32 warp_ends[kBlockWarps];  // inclusive sums over warps; indexed by constants only
+  u32 total;                   // over the block, or a mark
 };
 
-// Exclusive sums over the threads of the block. `sums` is shared memory that is free on entry. One
-// barrier inside; the caller puts a barrier before the next use of `sums`.
-__device__ __forceinline__ u32 block_exclusive_scan(u32 v, u32 flags, WarpSums& sums, BlockSum* block) {
+// `shared` is free on entry. One barrier inside; the caller puts one before the next use of `shared`.
+__device__ __forceinline__ BlockScan block_scan(u32 v, Marks marks, WarpWords& shared) {
   const int warp = threadIdx.x / kWarpThreads;
   const int lane = threadIdx.x % kWarpThreads;
-  const u32 inclusive = warp_inclusive_scan(v, &flags);
-  flags = warp_flags(flags);
-  if (lane == kWarpThreads - 1) {
-    sums.totals[warp] = inclusive;
-    sums.flags[warp] = flags;
-  }
+  const u32 inclusive = warp_inclusive_scan(v, marks);
+  const u32 word = warp_word(inclusive, marks);
+  if (lane == kWarpThreads - 1) shared.words[warp] = word;
   __syncthreads();
-  u32 before = 0;
-  block->total = 0;
-  block->flags = 0;
+  BlockScan scan;
+  scan.before = inclusive - v;
+  u32 running = 0, all_sums = 0, all_words = 0;
 #pragma unroll
   for (int w = 0; w < kBlockWarps; ++w) {
-    if (w < warp) before += sums.totals[w];
-    block->total += sums.totals[w];
-    block->flags |= sums.flags[w];
+    const u32 of_warp = shared.words[w];
+    if (w < warp) scan.before += of_warp;
+    running += of_warp;
+    all_sums |= running;
+    all_words |= of_warp;
+    scan.warp_ends[w] = running;
   }
-  if (block->total > static_cast<u64>(kInt32Max)) block->flags |= kFlagOutside;
-  return before + inclusive - v;
+  scan.total = running;
+  if (((all_sums | all_words) & kMarked) != 0) {  // rare: was a length negative?
+    bool negative = false;
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) negative |= shared.words[w] == kMarkedNegative;
+    scan.total = negative ? kMarkedNegative : kMarkedOutside;
+  }
+  return scan;
 }
 
 // ---- Search -------------------------------------------------------------------------------------

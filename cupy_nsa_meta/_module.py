@@ -20,7 +20,10 @@ MINIMUM_CUPY = (14, 0)
 KERNELS: dict[str, tuple[str, ...]] = {
     "draft_extend": (
         "draft_extend_warp",
+        "draft_extend_warp_quads",
         "draft_extend_block",
+        "draft_extend_block4",
+        "draft_extend_block4_quads",
         "draft_extend_large",
         "draft_extend_tiles",
         "draft_extend_tiled",

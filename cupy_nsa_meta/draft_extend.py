@@ -5,6 +5,7 @@ Device twin: ``cuda_src/draft_extend.cu``. Specification: ``reference.draft_exte
 
 from __future__ import annotations
 
+import functools
 import struct
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -21,11 +22,13 @@ assert ARGS.size <= _launch.ARGS_BYTES
 
 BLOCK_THREADS = _launch.BLOCK_THREADS
 WARP_MAX_BS = 32  # kWarpMaxBs
-BLOCK_MAX_BS = 1024  # kBlockMaxBs
+MAX_ITEMS = 4  # kMaxItems
 MAX_ENTRIES = 4096  # kMaxEntries
 GROUP = 4  # kGroup
-ONE_LAUNCH_MAX_BS = MAX_ENTRIES * GROUP  # kOneLaunchMaxBs
+ONE_LAUNCH_MAX_BS = 16384  # kOneLaunchMaxBs
 LINEAR_SEARCH_MAX_BS = 16
+#: Capacity from which rows are written in quads; below, a launch is a matter of latency.
+QUADS_MIN_ROWS = 1 << 20
 BLOCKS_PER_SM = 6  # resident blocks, bounded by 33 KB of shared memory each
 #: Every block reads the whole batch. More blocks than multiprocessors read it for few rows, or
 #: write this many rows for every request (or tile) that they read.
@@ -36,31 +39,51 @@ EXTEND_IS_INT64 = 1
 SEQ_IS_INT64 = 2
 LINEAR_SEARCH = 4
 TOTAL_IS_GIVEN = 8
+QUADS = 16
 
 
 class Geometry(NamedTuple):
     """How a batch is cut up; depends on host-known sizes alone."""
 
-    grid: int
+    launches: tuple[tuple[str, int], ...]  # kernels and grids, in order
     num_entries: int
     requests_per_entry: int
+    quads: bool
 
 
-def geometry(bs: int, limit: int, num_sms: int) -> Geometry:
-    """Entries of the shared-memory prefix, and blocks by capacity (the host does not know T)."""
-    if bs <= MAX_ENTRIES:
-        requests_per_entry = 1
-    elif bs <= ONE_LAUNCH_MAX_BS:
+@functools.lru_cache(maxsize=1024)
+def geometry(bs: int, limit: int, num_sms: int, aligned: bool) -> Geometry:
+    """Kernels, blocks by capacity (the host does not know T), entries of the shared prefix.
+
+    ``aligned``: both out buffers begin on 16-byte boundaries.
+    """
+    requests_per_entry = 1
+    if MAX_ENTRIES < bs <= ONE_LAUNCH_MAX_BS:
         requests_per_entry = GROUP
-    else:  # whole chunks of a block: 1,000,000 requests make 3,907 tiles of 256
+    elif bs > ONE_LAUNCH_MAX_BS:  # whole chunks of a block: 1,000,000 requests make 3,907 tiles
         requests_per_entry = -(-bs // (MAX_ENTRIES * BLOCK_THREADS)) * BLOCK_THREADS
     num_entries = -(-bs // requests_per_entry)
-    grid = -(-limit // BLOCK_THREADS)
+
+    grid = max(-(-limit // BLOCK_THREADS), 1)
     if grid > num_sms:
         read = max(num_entries if bs > ONE_LAUNCH_MAX_BS else bs, 1)
         per_sm = max(FEW_REQUESTS // read, limit // (num_sms * ROWS_PER_ENTRY_READ * read), 1)
         grid = min(grid, num_sms * min(per_sm, BLOCKS_PER_SM))
-    return Geometry(max(grid, 1), num_entries, requests_per_entry)
+
+    quads = aligned and limit >= QUADS_MIN_ROWS
+    suffix = "_quads" if quads else ""
+    launches: tuple[tuple[str, int], ...]
+    if bs <= WARP_MAX_BS:
+        launches = ((f"draft_extend_warp{suffix}", grid),)
+    elif bs <= BLOCK_THREADS and not quads:
+        launches = (("draft_extend_block", grid),)
+    elif bs <= BLOCK_THREADS * MAX_ITEMS:
+        launches = ((f"draft_extend_block4{suffix}", grid),)
+    elif bs <= ONE_LAUNCH_MAX_BS:
+        launches = (("draft_extend_large", grid),)
+    else:
+        launches = (("draft_extend_tiles", num_entries), ("draft_extend_tiled", grid))
+    return Geometry(launches, num_entries, requests_per_entry, quads)
 
 
 def pack(
@@ -81,6 +104,7 @@ def pack(
         | (SEQ_IS_INT64 if seq.dtype is torch.int64 else 0)
         | (LINEAR_SEARCH if use_adaptive and call.bs <= LINEAR_SEARCH_MAX_BS else 0)
         | (TOTAL_IS_GIVEN if total_is_given else 0)
+        | (QUADS if shape.quads else 0)
     )
     ARGS.pack_into(
         buffer,
@@ -105,17 +129,6 @@ def pack(
     )
 
 
-def launches(bs: int, shape: Geometry) -> tuple[tuple[str, int], ...]:
-    """Kernel names and grids of a batch, in order."""
-    if bs <= WARP_MAX_BS:
-        return (("draft_extend_warp", shape.grid),)
-    if bs <= BLOCK_MAX_BS:
-        return (("draft_extend_block", shape.grid),)
-    if bs <= ONE_LAUNCH_MAX_BS:
-        return (("draft_extend_large", shape.grid),)
-    return (("draft_extend_tiles", shape.num_entries), ("draft_extend_tiled", shape.grid))
-
-
 def enqueue(
     state: _launch.DeviceState,
     slot: _launch.Slot,
@@ -128,7 +141,8 @@ def enqueue(
 ) -> None:
     """Launch on ``stream``. The argument bytes are taken over at the launch."""
     bs = call.bs
-    shape = geometry(bs, call.limit, state.num_sms)
+    aligned = (call.expanded_ptr | call.clamped_ptr) & 15 == 0
+    shape = geometry(bs, call.limit, state.num_sms, aligned)
     scratch = None
     if bs > ONE_LAUNCH_MAX_BS:  # freed at return, reused by torch in stream order
         scratch = torch.empty(
@@ -145,7 +159,7 @@ def enqueue(
         out_total,
         0 if scratch is None else scratch.data_ptr(),
     )
-    state.launch(slot, stream, launches(bs, shape))
+    state.launch(slot, stream, shape.launches)
 
 
 def fill_draft_extend_metadata_cuda(
@@ -288,7 +302,7 @@ def warm(device: int) -> None:
     with torch.cuda.device(device):
         lengths = torch.zeros(ONE_LAUNCH_MAX_BS + 1, dtype=torch.int32, device="cuda")
         outs = torch.empty((2, 1), dtype=torch.int32, device="cuda")
-        for bs in (WARP_MAX_BS, BLOCK_MAX_BS, ONE_LAUNCH_MAX_BS, ONE_LAUNCH_MAX_BS + 1):
+        for bs in (WARP_MAX_BS, BLOCK_THREADS, 1024, ONE_LAUNCH_MAX_BS, ONE_LAUNCH_MAX_BS + 1):
             fill_draft_extend_metadata_cuda(lengths[:bs], lengths[:bs], 1, outs[0], outs[1])
 
 

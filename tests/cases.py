@@ -214,6 +214,8 @@ CASES: list[Case] = [
          [7] * 12 + [9500, 4, 9, 3, 15990, 100]),
     case("quads_block", "the same in shared memory",
          [9000, 0, 1, 2, 3, 16000, 5, 7001] + [0, 3, 1] * 20, np.arange(68) * 311),
+    case("quads_exact", "the last quad is cut, and the buffers end there",
+         [9001, 0, 1, 2, 3, 16000, 5, 7001], [9500, 4, 1, 7, 3, 15990, 100, 7002], slack=0),
     case("quads_unaligned", "quad mode with outs that no 16-byte store may touch",
          [9001, 0, 1, 2, 3, 16000, 5, 7001], [9500, 4, 1, 7, 3, 15990, 100, 7002], offsets=(1, 3),
          slack=0),

@@ -32,8 +32,13 @@ Kernel wrap(void (*kernel)(Args)) {
 }
 
 const std::map<std::string, Kernel> kKernels = {
-    {"draft_extend_warp", wrap(draft_extend_warp)},   {"draft_extend_block", wrap(draft_extend_block)},
-    {"draft_extend_large", wrap(draft_extend_large)}, {"draft_extend_tiles", wrap(draft_extend_tiles)},
+    {"draft_extend_warp", wrap(draft_extend_warp)},
+    {"draft_extend_warp_quads", wrap(draft_extend_warp_quads)},
+    {"draft_extend_block", wrap(draft_extend_block)},
+    {"draft_extend_block4", wrap(draft_extend_block4)},
+    {"draft_extend_block4_quads", wrap(draft_extend_block4_quads)},
+    {"draft_extend_large", wrap(draft_extend_large)},
+    {"draft_extend_tiles", wrap(draft_extend_tiles)},
     {"draft_extend_tiled", wrap(draft_extend_tiled)},
 };
 

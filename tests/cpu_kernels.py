@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from cases import POISON, Case, Expected
@@ -123,20 +124,30 @@ EPOCH = 77
 EXTEND, SEQ, EXPANDED, CLAMPED, OUT_TOTAL, RESULT, SCRATCH = range(7)
 
 
+#: Quad mode begins at a million rows; on the CPU it is shown with fewer.
+QUADS_MIN_ROWS = 20_000
+
+
 def draft_extend_job(case: Case, use_adaptive: bool = True) -> Job:
     """The launches that the package would make for a case, on buffers that end where they must."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_extend, "QUADS_MIN_ROWS", QUADS_MIN_ROWS)
+        return _draft_extend_job(case, use_adaptive)
+
+
+def _draft_extend_job(case: Case, use_adaptive: bool) -> Job:
     extend, seq = case.lengths()
     limit = case.capacity if case.total_tokens is None else case.total_tokens
     # Any pointers will do for the call: the harness puts in its own.
     call = DraftExtendCall(
         extend, seq, min(case.topk, 2**31 - 1), extend, seq, case.bs, limit, 0, 1, 1, 1, 1
     )
-    shape = draft_extend.geometry(case.bs, limit, NUM_SMS)
+    aligned = all(offset % 4 == 0 for offset in case.offsets)
+    shape = draft_extend.geometry(case.bs, limit, NUM_SMS, aligned)
     args = bytearray(draft_extend.ARGS.size)
     draft_extend.pack(
         args, call, shape, use_adaptive, case.total_tokens is not None, EPOCH, 1, 1, 1
     )
-    launches = draft_extend.launches(case.bs, shape)
     rows = np.full(case.capacity, POISON, dtype=np.int32).tobytes()
     buffers = [
         Buffer(_storage(extend)),
@@ -145,13 +156,13 @@ def draft_extend_job(case: Case, use_adaptive: bool = True) -> Job:
         Buffer(rows, 4 * case.offsets[1]),
         Buffer(b"\x55" * 8),
         Buffer(b"\x55" * 8),
-        Buffer(b"\x55" * (4 * (case.bs + shape.num_entries) if len(launches) > 1 else 0)),
+        Buffer(b"\x55" * (4 * (case.bs + shape.num_entries) if len(shape.launches) > 1 else 0)),
     ]
     pointers = [(8 * index, index, 0) for index in range(7)] + [(56, SCRATCH, 4 * case.bs)]
-    if len(launches) == 1:
+    if len(shape.launches) == 1:
         pointers[SCRATCH:] = []
         args[48:64] = bytes(16)
-    return Job(buffers, bytes(args), pointers, launches)
+    return Job(buffers, bytes(args), pointers, shape.launches)
 
 
 def _storage(tensor: torch.Tensor) -> bytes:
