@@ -62,6 +62,7 @@ struct DraftExtendArgs {
   u64* result;
   u32* request_ends;  // [bs] scratch of the two-launch form: inclusive sums inside a tile
   u32* tile_totals;   // [num_entries] scratch of the two-launch form: total of a tile, or a mark
+  u32* launch_count;  // [1] device memory or null: launches of a captured graph, the last one's epoch
   i64 extend_stride;
   i64 seq_stride;
   int bs;
@@ -70,10 +71,10 @@ struct DraftExtendArgs {
   int max_rows;
   int topk;
   u32 flags;
-  u32 epoch;  // 29 bits, not 0
+  u32 epoch;  // of the launch where launch_count is null: 29 bits, not 0
   u32 padding;
 };
-static_assert(sizeof(DraftExtendArgs) == 112, "cupy_nsa_meta/draft_extend.py packs 112 bytes");
+static_assert(sizeof(DraftExtendArgs) == 120, "cupy_nsa_meta/draft_extend.py packs 120 bytes");
 static_assert(kMaxEntries * kGroup == kOneLaunchMaxBs, "one launch serves this many requests");
 static_assert(kGroup == 4, "two shuffles add up the requests of an entry");
 static_assert(kWarpMaxBs == kWarpThreads, "a lane holds a request");
@@ -102,24 +103,37 @@ __device__ __forceinline__ Status batch_status(u32 total, const DraftExtendArgs&
   return total > max_rows ? kOverCapacity : kOk;
 }
 
+// The last warp of block 0 reports: the first one has rows to write meanwhile.
+__device__ __forceinline__ bool is_reporter() { return blockIdx.x == 0 && threadIdx.x == kBlockThreads - 1; }
+
+// The epoch of this launch, loaded before the lengths are waited for. A captured graph cannot be
+// given another one at each launch, so it counts its launches itself; they run one after another.
+__device__ __forceinline__ u32 launch_epoch(const DraftExtendArgs& args) {
+  constexpr u32 kMaxEpoch = (1u << 29) - 1;
+  if (args.launch_count == nullptr || !is_reporter()) return args.epoch;
+  const u32 last = *args.launch_count;
+  return last >= kMaxEpoch ? 1 : last + 1;
+}
+
 // One 8-byte word, so that the host never sees half a result:
 // bits 0-31 total (-1 where it is not defined), 32-34 status, 35-63 epoch of the launch.
-__device__ __forceinline__ void report(u32 total, const DraftExtendArgs& args) {
+__device__ __forceinline__ void report(u32 total, u32 epoch, const DraftExtendArgs& args) {
   const u32 status = batch_status(total, args);
   const u32 reported = total >= kMarked ? 0xffffffffu : total;
   if (args.result != nullptr) {
-    const u64 word = reported | static_cast<u64>(status) << 32 | static_cast<u64>(args.epoch) << 35;
+    const u64 word = reported | static_cast<u64>(status) << 32 | static_cast<u64>(epoch) << 35;
     *static_cast<volatile u64*>(args.result) = word;
   }
+  if (args.launch_count != nullptr) *args.launch_count = epoch;
   if (args.out_total != nullptr) {
     args.out_total[0] = static_cast<int>(reported);
     args.out_total[1] = static_cast<int>(status);
   }
 }
 
-// Rows to write. The last warp of block 0 reports: the first one has rows to write meanwhile.
-__device__ __forceinline__ u32 settle(u32 total, const DraftExtendArgs& args) {
-  if (blockIdx.x == 0 && threadIdx.x == kBlockThreads - 1) report(total, args);
+// Reports once per grid. Returns the number of rows to write.
+__device__ __forceinline__ u32 settle(u32 total, u32 epoch, const DraftExtendArgs& args) {
+  if (is_reporter()) report(total, epoch, args);
   const u32 max_rows = static_cast<u32>(args.max_rows);
   if (total <= max_rows) return total;
   return total < kMarked && (args.flags & kTotalIsGiven) != 0 ? max_rows : 0;
@@ -218,6 +232,7 @@ __device__ __forceinline__ int find_lane(u32 end, u32 row, bool linear) {
 
 template <bool kWithQuads>
 __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& args) {
+  const u32 epoch = launch_epoch(args);
   const int lane = threadIdx.x % kWarpThreads;
   Length extend = {0, 0}, seq = {0, 0};
   if (lane < args.bs) {
@@ -229,7 +244,7 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
   const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), marks);
   const int base = request_base(seq.low, end);
   const u32 total = warp_word(__shfl_sync(kFullWarp, end, kWarpThreads - 1), marks);
-  const u32 rows = settle(total, args);
+  const u32 rows = settle(total, epoch, args);
   const bool linear = (args.flags & kLinearSearch) != 0;
 
   // Whole warps stay in the loops, for the shuffles.
@@ -277,6 +292,7 @@ struct BlockPrefix {
 template <int kItems, bool kWithQuads>
 __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& args) {
   __shared__ BlockPrefix<kItems> shared;
+  const u32 epoch = launch_epoch(args);
   const int bs = args.bs;
   const int first = threadIdx.x * kItems;  // consecutive requests of this thread
   const Lengths extend = extend_lengths(args);
@@ -308,7 +324,7 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
     shared.bases[first + k] = request_base(seqs[k].low, end);
   }
   __syncthreads();
-  const u32 rows = settle(scan.total, args);
+  const u32 rows = settle(scan.total, epoch, args);
   write_rows<kWithQuads>(args, rows, [&](u32 row, int) -> Found {
     // The ends of the warps are in registers: they leave the requests of one warp to search.
     int entry = 0;
@@ -440,11 +456,12 @@ __device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, co
 template <bool kTiled>
 __device__ __forceinline__ void draft_extend_large_body(const DraftExtendArgs& args) {
   __shared__ LargePrefix shared;
+  const u32 epoch = launch_epoch(args);
   const Marks marks = kTiled ? load_tiles(args, shared) : load_entries(args, shared);
   __syncthreads();
   const u32 total = scan_entries(shared, args.num_entries, marks);
   __syncthreads();
-  const u32 rows = settle(total, args);
+  const u32 rows = settle(total, epoch, args);
   write_rows<true>(args, rows, [&](u32 row, int first_entry) -> Found {
     return find_in_entries<kTiled>(args, shared, row, first_entry);
   });

@@ -15,6 +15,7 @@ from .dispatch import (
     warmup,
 )
 from .draft_extend import fill_draft_extend_metadata_cuda
+from .draft_extend_plan import DraftExtendPlan, plan_draft_extend_metadata
 from .draft_extend_python import fill_draft_extend_metadata_python
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DraftExtendPlan",
     "__version__",
     "fill_draft_extend_metadata",
     "fill_draft_extend_metadata_async",
@@ -35,6 +37,7 @@ __all__ = [
     "fill_draft_extend_metadata_python",
     "get_kernel_info",
     "is_cuda_kernel_available",
+    "plan_draft_extend_metadata",
     "warmup",
 ]
 

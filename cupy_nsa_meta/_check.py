@@ -20,21 +20,29 @@ _int32 = torch.int32
 _int64 = torch.int64
 
 
-class DraftExtendCall(NamedTuple):
-    """The checked arguments of one seed-operation call."""
+#: extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
+DraftExtendTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-    extend_seq_lens: torch.Tensor
-    seq_lens: torch.Tensor
-    topk: int  # clamped to int32: lengths never pass that
-    out_seqlens_expanded: torch.Tensor
-    out_nsa_cache_seqlens: torch.Tensor
+EXTEND_IS_INT64 = 1
+SEQ_IS_INT64 = 2
+TOTAL_IS_GIVEN = 8
+
+
+class DraftExtendKey(NamedTuple):
+    """A seed-operation call as integers: calls with equal keys are the same launch."""
+
+    device: int  # CUDA device index, -1 for the CPU
     bs: int
     limit: int  # total_tokens where given, else the capacity of the out buffers
-    device: int  # CUDA device index, -1 for the CPU
+    topk: int  # clamped to int32: lengths never pass that
     extend_ptr: int
     seq_ptr: int
     expanded_ptr: int
     clamped_ptr: int
+    extend_stride: int
+    seq_stride: int
+    flags: int  # EXTEND_IS_INT64 | SEQ_IS_INT64 | TOTAL_IS_GIVEN
+    use_adaptive: bool
 
 
 def draft_extend(
@@ -45,32 +53,57 @@ def draft_extend(
     out_nsa_cache_seqlens: Any,
     use_adaptive: Any,
     total_tokens: Any,
-) -> DraftExtendCall:
-    """Check the arguments of the seed operation; every backend and plan goes through here."""
-    if not isinstance(extend_seq_lens, _Tensor):
-        extend_seq_lens = as_tensor("extend_seq_lens", extend_seq_lens)
-    if not isinstance(seq_lens, _Tensor):
-        seq_lens = as_tensor("seq_lens", seq_lens)
-    if type(nsa_index_topk) is not int or nsa_index_topk < 1:
-        nsa_index_topk = integer("nsa_index_topk", nsa_index_topk, 1)
-    if not isinstance(out_seqlens_expanded, _Tensor):
-        out_seqlens_expanded = as_tensor(
-            "out_seqlens_expanded", out_seqlens_expanded, writable=True
-        )
-    if not isinstance(out_nsa_cache_seqlens, _Tensor):
-        out_nsa_cache_seqlens = as_tensor(
-            "out_nsa_cache_seqlens", out_nsa_cache_seqlens, writable=True
-        )
-    if use_adaptive is not True and use_adaptive is not False:
-        boolean("use_adaptive", use_adaptive)
+) -> tuple[DraftExtendTensors, DraftExtendKey]:
+    """Check the arguments of the seed operation; every backend and plan goes through here.
 
-    bs = lengths("extend_seq_lens", extend_seq_lens)
-    num_seq_lens = lengths("seq_lens", seq_lens)
-    if num_seq_lens != bs:
-        raise ValueError(f"seq_lens: expected [{bs}] like extend_seq_lens, got [{num_seq_lens}]")
-    room_expanded = output("out_seqlens_expanded", out_seqlens_expanded)
-    room_clamped = output("out_nsa_cache_seqlens", out_nsa_cache_seqlens)
-    limit = min(room_expanded, room_clamped, INT32_MAX)
+    A call lasts a few microseconds and an attribute of a tensor costs 0.05 to 0.1: each is read
+    once, and ``_explain_draft_extend`` looks again where something is unusual.
+    """
+    if not (
+        isinstance(extend_seq_lens, _Tensor)
+        and isinstance(seq_lens, _Tensor)
+        and isinstance(out_seqlens_expanded, _Tensor)
+        and isinstance(out_nsa_cache_seqlens, _Tensor)
+    ):
+        extend_seq_lens = as_tensor("extend_seq_lens", extend_seq_lens)
+        seq_lens = as_tensor("seq_lens", seq_lens)
+        out_seqlens_expanded = as_tensor("out_seqlens_expanded", out_seqlens_expanded, True)
+        out_nsa_cache_seqlens = as_tensor("out_nsa_cache_seqlens", out_nsa_cache_seqlens, True)
+    tensors = (extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens)
+    if type(nsa_index_topk) is not int or not 1 <= nsa_index_topk <= INT32_MAX:
+        nsa_index_topk = min(integer("nsa_index_topk", nsa_index_topk, 1), INT32_MAX)
+    if use_adaptive is not True and use_adaptive is not False:
+        use_adaptive = boolean("use_adaptive", use_adaptive)
+
+    extend_dtype = extend_seq_lens.dtype
+    seq_dtype = seq_lens.dtype
+    bs = extend_seq_lens.numel()
+    room_expanded = out_seqlens_expanded.numel()
+    room_clamped = out_nsa_cache_seqlens.numel()
+    device = extend_seq_lens.get_device()  # -1 on the CPU, and on no device at all
+    if not (
+        (extend_dtype is _int32 or extend_dtype is _int64)
+        and (seq_dtype is _int64 or seq_dtype is _int32)
+        and out_seqlens_expanded.dtype is _int32
+        and out_nsa_cache_seqlens.dtype is _int32
+        and extend_seq_lens.dim() == 1
+        and seq_lens.dim() == 1
+        and out_seqlens_expanded.dim() == 1
+        and out_nsa_cache_seqlens.dim() == 1
+        and seq_lens.numel() == bs
+        and out_seqlens_expanded.is_contiguous()
+        and out_nsa_cache_seqlens.is_contiguous()
+        and extend_seq_lens.is_cuda
+        and seq_lens.get_device() == device
+        and out_seqlens_expanded.get_device() == device
+        and out_nsa_cache_seqlens.get_device() == device
+    ):
+        _explain_draft_extend(*tensors)
+
+    limit = room_expanded if room_expanded < room_clamped else room_clamped
+    if limit > INT32_MAX:
+        limit = INT32_MAX
+    flags = (extend_dtype is _int64) + 2 * (seq_dtype is _int64)
     if total_tokens is not None:
         if type(total_tokens) is not int or total_tokens < 0:
             total_tokens = integer("total_tokens", total_tokens, 0)
@@ -81,72 +114,84 @@ def draft_extend(
                 f"[{room_clamped}]), got {total_tokens}"
             )
         limit = total_tokens
+        flags += TOTAL_IS_GIVEN
 
-    device = extend_seq_lens.get_device()  # -1 on the CPU, and on no device at all
-    if not (
-        seq_lens.get_device() == device
-        and out_seqlens_expanded.get_device() == device
-        and out_nsa_cache_seqlens.get_device() == device
-        and extend_seq_lens.is_cuda
-    ):
-        same_device(
-            extend_seq_lens=extend_seq_lens,
-            seq_lens=seq_lens,
-            out_seqlens_expanded=out_seqlens_expanded,
-            out_nsa_cache_seqlens=out_nsa_cache_seqlens,
-        )
-
-    # Overlap: spans of bytes first, exact positions only where the spans meet.
     extend_ptr = extend_seq_lens.data_ptr()
     seq_ptr = seq_lens.data_ptr()
     expanded_ptr = out_seqlens_expanded.data_ptr()
     clamped_ptr = out_nsa_cache_seqlens.data_ptr()
+    extend_stride = extend_seq_lens.stride()[0]
+    seq_stride = seq_lens.stride()[0]
+    # Spans of bytes first; exact positions only where two of them meet.
     expanded_end = expanded_ptr + 4 * room_expanded
     clamped_end = clamped_ptr + 4 * room_clamped
-    if expanded_ptr < clamped_end and clamped_ptr < expanded_end and room_expanded and room_clamped:
-        raise overlap_error("out_nsa_cache_seqlens", "out_seqlens_expanded")
-    if bs:
-        extend_end = extend_ptr + 8 * (1 + (bs - 1) * extend_seq_lens.stride(0))
-        seq_end = seq_ptr + 8 * (1 + (bs - 1) * seq_lens.stride(0))
-        if (expanded_ptr < extend_end and extend_ptr < expanded_end) or (
-            clamped_ptr < extend_end and extend_ptr < clamped_end
+    extend_end = extend_ptr + (8 if flags & EXTEND_IS_INT64 else 4) * ((bs - 1) * extend_stride + 1)
+    seq_end = seq_ptr + (8 if flags & SEQ_IS_INT64 else 4) * ((bs - 1) * seq_stride + 1)
+    if (
+        (expanded_ptr < clamped_end and clamped_ptr < expanded_end)
+        or (expanded_ptr < extend_end and extend_ptr < expanded_end)
+        or (clamped_ptr < extend_end and extend_ptr < clamped_end)
+        or (expanded_ptr < seq_end and seq_ptr < expanded_end)
+        or (clamped_ptr < seq_end and seq_ptr < clamped_end)
+    ):
+        outside_input("out_nsa_cache_seqlens", tensors[3], "out_seqlens_expanded", tensors[2])
+        for name, out in (
+            ("out_seqlens_expanded", tensors[2]),
+            ("out_nsa_cache_seqlens", tensors[3]),
         ):
-            outside_input(
-                "out_seqlens_expanded", out_seqlens_expanded, "extend_seq_lens", extend_seq_lens
-            )
-            outside_input(
-                "out_nsa_cache_seqlens", out_nsa_cache_seqlens, "extend_seq_lens", extend_seq_lens
-            )
-        if (expanded_ptr < seq_end and seq_ptr < expanded_end) or (
-            clamped_ptr < seq_end and seq_ptr < clamped_end
-        ):
-            outside_input("out_seqlens_expanded", out_seqlens_expanded, "seq_lens", seq_lens)
-            outside_input("out_nsa_cache_seqlens", out_nsa_cache_seqlens, "seq_lens", seq_lens)
-    return DraftExtendCall(
-        extend_seq_lens,
-        seq_lens,
-        nsa_index_topk if nsa_index_topk <= INT32_MAX else INT32_MAX,
-        out_seqlens_expanded,
-        out_nsa_cache_seqlens,
-        bs,
-        limit,
-        device,
-        extend_ptr,
-        seq_ptr,
-        expanded_ptr,
-        clamped_ptr,
+            outside_input(name, out, "extend_seq_lens", tensors[0])
+            outside_input(name, out, "seq_lens", tensors[1])
+    return tensors, tuple.__new__(
+        DraftExtendKey,
+        (
+            device,
+            bs,
+            limit,
+            nsa_index_topk,
+            extend_ptr,
+            seq_ptr,
+            expanded_ptr,
+            clamped_ptr,
+            extend_stride,
+            seq_stride,
+            flags,
+            use_adaptive,
+        ),
     )
 
 
-def out_total(array: Any, call: DraftExtendCall) -> torch.Tensor:
+def _explain_draft_extend(
+    extend_seq_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out_seqlens_expanded: torch.Tensor,
+    out_nsa_cache_seqlens: torch.Tensor,
+) -> None:
+    """Raise for dtype, shape, layout or device; return where the tensors are good (on the CPU)."""
+    bs = lengths("extend_seq_lens", extend_seq_lens)
+    num_seq_lens = lengths("seq_lens", seq_lens)
+    if num_seq_lens != bs:
+        raise ValueError(f"seq_lens: expected [{bs}] like extend_seq_lens, got [{num_seq_lens}]")
+    output("out_seqlens_expanded", out_seqlens_expanded)
+    output("out_nsa_cache_seqlens", out_nsa_cache_seqlens)
+    same_device(
+        extend_seq_lens=extend_seq_lens,
+        seq_lens=seq_lens,
+        out_seqlens_expanded=out_seqlens_expanded,
+        out_nsa_cache_seqlens=out_nsa_cache_seqlens,
+    )
+
+
+def out_total(array: Any, tensors: DraftExtendTensors) -> torch.Tensor:
     """Check the ``out_total`` [2] of an asynchronous call against its other arguments."""
     tensor = as_tensor("out_total", array, writable=True)
     room = output("out_total", tensor)
     if room != 2:
         raise ValueError(f"out_total: expected shape [2] (total, status), got [{room}]")
-    same_device(extend_seq_lens=call.extend_seq_lens, out_total=tensor)
-    for name in ("out_seqlens_expanded", "out_nsa_cache_seqlens", "extend_seq_lens", "seq_lens"):
-        outside_input("out_total", tensor, name, getattr(call, name))
+    same_device(extend_seq_lens=tensors[0], out_total=tensor)
+    outside_input("out_total", tensor, "extend_seq_lens", tensors[0])
+    outside_input("out_total", tensor, "seq_lens", tensors[1])
+    outside_input("out_total", tensor, "out_seqlens_expanded", tensors[2])
+    outside_input("out_total", tensor, "out_nsa_cache_seqlens", tensors[3])
     return tensor
 
 
@@ -202,13 +247,12 @@ def same_device(**tensors: torch.Tensor) -> None:
             )
 
 
-def on_cuda(call: DraftExtendCall) -> None:
-    """The arguments lie on a CUDA device."""
-    if call.device < 0:
-        raise ValueError(
-            "extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens: expected CUDA "
-            "tensors, got cpu (fill_draft_extend_metadata takes tensors of either device)"
-        )
+def not_on_cuda() -> ValueError:
+    """For CPU tensors given to the CUDA function."""
+    return ValueError(
+        "extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens: expected CUDA "
+        "tensors, got cpu (fill_draft_extend_metadata takes tensors of either device)"
+    )
 
 
 def outside_input(out_name: str, out: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -39,3 +39,8 @@ def debug_sync() -> bool:
     """``CUPY_NSA_META_DEBUG_SYNC=1``: every call reads its status and raises."""
     value = _read("CUPY_NSA_META_DEBUG_SYNC", b"CUPY_NSA_META_DEBUG_SYNC")
     return bool(value) and value != "0"
+
+
+def graph_cache() -> bool:
+    """``CUPY_NSA_META_GRAPH_CACHE=0``: the drop-in call captures and reuses no launches."""
+    return _read("CUPY_NSA_META_GRAPH_CACHE", b"CUPY_NSA_META_GRAPH_CACHE") != "0"

@@ -5,9 +5,10 @@ the host reads without any CUDA call:
 
     bits 0-31 total (-1 as 0xffffffff)   bits 32-34 status   bits 35-63 epoch
 
-A result slot (that word, a packing buffer, the launch's stream) belongs to one call at a time.
-Its epoch counts its launches, so a word left by an earlier launch is never taken for an answer; a
-slot whose wait was interrupted is not used again until its late word has come.
+A result slot (that word, a packing buffer, a launch counter in device memory) belongs to one call,
+or to one captured graph, at a time. Its epoch counts its launches, so a word left by an earlier
+launch is never taken for an answer; a slot whose wait was interrupted is not used again until its
+late word has come.
 """
 
 from __future__ import annotations
@@ -20,40 +21,51 @@ from itertools import count
 from time import perf_counter_ns
 from typing import Any
 
-import numpy
 import torch
 
 from . import _module
 
-NUM_SLOTS = 1024  # calls that can wait for a result at the same time, per device
+NUM_SLOTS = 8192  # calls that wait and graphs that are held at the same time, per device
 SLOT_BYTES = 64  # a cache line each: no two waiting threads share one
 SPIN_NS = (
     50_000  # the GPU work of a call is a few microseconds; behind queued work the GIL is freed
 )
 EPOCH_SHIFT = 35
 EPOCH_MASK = (1 << 29) - 1
+WORD_MASK = (1 << EPOCH_SHIFT) - 1  # a word less its epoch
 ARGS_BYTES = 512  # room for the largest argument struct; the driver copies what a kernel declares
 BLOCK_THREADS = 256  # kBlockThreads of common.cuh, the block size of every kernel
-
-_BLOCK = (BLOCK_THREADS,)
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 #: Raw handle of torch's current stream of a device; absent from CPU builds of torch.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
 
 class Slot:
-    """One result word and the argument buffer of the launches that answer in it."""
+    """One result word, the argument buffer of the launches that answer in it, and their count."""
 
-    __slots__ = ("address", "args", "buffer", "epoch", "index", "ptr")
+    __slots__ = (
+        "_args",
+        "_params",
+        "address",
+        "buffer",
+        "count_ptr",
+        "epoch",
+        "index",
+        "params",
+        "ptr",
+    )
 
-    def __init__(self, index: int, address: int) -> None:
+    def __init__(self, index: int, address: int, count_ptr: int) -> None:
         self.index = index  # of the word, in 8-byte units
         self.address = address
-        self.epoch = 0
-        self.ptr = 0  # the stream; CuPy reads this attribute of the object it is given
+        self.count_ptr = count_ptr  # device memory, int32: launches of a captured graph
+        self.epoch = 0  # of the last launch
+        self.ptr = 0  # the stream of the last launch; CuPy reads this attribute of a stream object
         self.buffer = bytearray(ARGS_BYTES)
-        # A structured scalar views the buffer (a plain one copies); CuPy passes its bytes by value.
-        self.args = (numpy.frombuffer(self.buffer, dtype=[("bytes", f"V{ARGS_BYTES}")])[0],)
+        self._args = (ctypes.c_char * ARGS_BYTES).from_buffer(self.buffer)
+        self._params = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
+        self.params = ctypes.addressof(self._params)  # void** kernelParams
 
     def next_epoch(self) -> int:
         """The epoch of the next launch, never 0: a fresh word is 0."""
@@ -68,14 +80,19 @@ class DeviceState:
         self.device = device
         self.cupy = cupy = _module.import_cupy()
         self.runtime = cupy.cuda.runtime
+        self._launch_kernel = cupy.cuda.driver.launchKernel
+        self._driver_error = cupy.cuda.driver.CUDADriverError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernels: dict[str, Any] = {}
         for stem in _module.KERNELS:
             self.kernels.update(_module.load(stem, device))
+        self._functions = {name: kernel.ptr for name, kernel in self.kernels.items()}
         with cupy.cuda.Device(device), relaxed_capture():
             num_bytes = NUM_SLOTS * SLOT_BYTES
             flags = self.runtime.hostAllocMapped | self.runtime.hostAllocPortable
             self._base = self.runtime.hostAlloc(num_bytes, flags)  # kept until the process ends
+            self._counts = torch.zeros(NUM_SLOTS, dtype=torch.int32, device=f"cuda:{device}")
+            torch.cuda.synchronize(device)  # zero for every stream
         memory = (ctypes.c_char * num_bytes).from_address(self._base)
         ctypes.memset(self._base, 0, num_bytes)
         self.words = memoryview(memory).cast("B").cast("Q")
@@ -88,21 +105,36 @@ class DeviceState:
         try:
             return self._free.pop()
         except IndexError:
-            index = next(self._next_slot)
-        if index < NUM_SLOTS:
-            return Slot(index * (SLOT_BYTES // 8), self._base + index * SLOT_BYTES)
+            number = next(self._next_slot)
+        if number < NUM_SLOTS:
+            return Slot(
+                number * (SLOT_BYTES // 8),
+                self._base + number * SLOT_BYTES,
+                self._counts.data_ptr() + 4 * number,
+            )
         for _ in range(len(self._retired)):
             try:
                 slot = self._retired.popleft()
             except IndexError:
                 break
-            if self.words[slot.index] >> EPOCH_SHIFT == slot.epoch:
+            if self.has_answered(slot):
                 return slot  # its late word has come
             self._retired.append(slot)
         raise RuntimeError(
             f"cupy_nsa_meta: all {NUM_SLOTS} result slots of cuda:{self.device} are waiting for "
             "their kernels; wait for earlier calls, or use total_tokens= or the async form"
         )
+
+    def give_slot(self, slot: Slot) -> None:
+        self._free.append(slot)
+
+    def retire_slot(self, slot: Slot) -> None:
+        """Keep a slot away from later calls until the launch that it waited for has answered."""
+        self._retired.append(slot)
+
+    def has_answered(self, slot: Slot) -> bool:
+        """The word of the slot's last launch has come."""
+        return self.words[slot.index] >> EPOCH_SHIFT == slot.epoch
 
     def launch(self, slot: Slot, stream: int, launches: Iterable[tuple[str, int]]) -> None:
         """Enqueue kernels (name, grid) in order, each with the struct packed in ``slot.buffer``.
@@ -117,15 +149,21 @@ class DeviceState:
             self._launch(slot, launches)
 
     def _launch(self, slot: Slot, launches: Iterable[tuple[str, int]]) -> None:
+        # The driver's call, 1 us less than that of CuPy's kernel objects.
         for name, grid in launches:
-            self.kernels[name]((grid,), _BLOCK, slot.args, 0, slot)
-
-    def give_slot(self, slot: Slot) -> None:
-        self._free.append(slot)
-
-    def retire_slot(self, slot: Slot) -> None:
-        """Keep a slot away from later calls until the launch that it waited for has answered."""
-        self._retired.append(slot)
+            arguments = (
+                self._functions[name],
+                grid, 1, 1,
+                BLOCK_THREADS, 1, 1,
+                0, slot.ptr, slot.params, 0,
+            )  # fmt: skip
+            try:
+                self._launch_kernel(*arguments)
+            except self._driver_error as error:
+                if error.status != INVALID_CONTEXT:
+                    raise
+                self.runtime.setDevice(self.device)  # a thread that has not used CUDA yet
+                self._launch_kernel(*arguments)
 
     def is_capturing(self, stream: int) -> bool:
         return bool(self.runtime.streamIsCapturing(stream))
@@ -136,15 +174,14 @@ class DeviceState:
         Returns the word less its epoch. An error of the context is raised as CuPy raises it.
         """
         words, index, epoch = self.words, slot.index, slot.epoch
-        word = words[index]
-        if word >> EPOCH_SHIFT == epoch:
-            return word & ((1 << EPOCH_SHIFT) - 1)
-        deadline = perf_counter_ns() + SPIN_NS
+        deadline = 0
         while True:
             word = words[index]
             if word >> EPOCH_SHIFT == epoch:
-                return word & ((1 << EPOCH_SHIFT) - 1)
-            if perf_counter_ns() > deadline:
+                return word & WORD_MASK
+            if not deadline:
+                deadline = perf_counter_ns() + SPIN_NS
+            elif perf_counter_ns() > deadline:
                 break
         with relaxed_capture():
             self.runtime.streamSynchronize(slot.ptr)
@@ -153,7 +190,7 @@ class DeviceState:
             raise RuntimeError(
                 "cupy_nsa_meta: the stream has finished, but the kernel's result did not arrive"
             )
-        return word & ((1 << EPOCH_SHIFT) - 1)
+        return word & WORD_MASK
 
 
 class relaxed_capture:

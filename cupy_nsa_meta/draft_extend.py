@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import _check, _env, _launch
-from ._check import DraftExtendCall
+from . import _check, _env, _graphs, _launch
+from ._check import (
+    DraftExtendKey,
+    DraftExtendTensors,
+)
 from ._status import draft_extend_error
 
-#: ``struct DraftExtendArgs``: 8 pointers, 2 strides, 5 ints, flags, epoch, padding.
-ARGS = struct.Struct("<8Q2q5i2I4x")
+#: ``struct DraftExtendArgs``: 9 pointers, 2 strides, 5 ints, flags, epoch, padding.
+ARGS = struct.Struct("<9Q2q5i2I4x")
 assert ARGS.size <= _launch.ARGS_BYTES
 
 BLOCK_THREADS = _launch.BLOCK_THREADS
@@ -35,10 +38,8 @@ BLOCKS_PER_SM = 6  # resident blocks, bounded by 33 KB of shared memory each
 ROWS_PER_ENTRY_READ = 8
 FEW_REQUESTS = 2048
 
-EXTEND_IS_INT64 = 1
-SEQ_IS_INT64 = 2
+# Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
-TOTAL_IS_GIVEN = 8
 QUADS = 16
 
 
@@ -48,11 +49,11 @@ class Geometry(NamedTuple):
     launches: tuple[tuple[str, int], ...]  # kernels and grids, in order
     num_entries: int
     requests_per_entry: int
-    quads: bool
+    flags: int  # LINEAR_SEARCH | QUADS
 
 
 @functools.lru_cache(maxsize=1024)
-def geometry(bs: int, limit: int, num_sms: int, aligned: bool) -> Geometry:
+def geometry(bs: int, limit: int, num_sms: int, aligned: bool, use_adaptive: bool) -> Geometry:
     """Kernels, blocks by capacity (the host does not know T), entries of the shared prefix.
 
     ``aligned``: both out buffers begin on 16-byte boundaries.
@@ -83,48 +84,63 @@ def geometry(bs: int, limit: int, num_sms: int, aligned: bool) -> Geometry:
         launches = (("draft_extend_large", grid),)
     else:
         launches = (("draft_extend_tiles", num_entries), ("draft_extend_tiled", grid))
-    return Geometry(launches, num_entries, requests_per_entry, quads)
+    flags = LINEAR_SEARCH if use_adaptive and bs <= LINEAR_SEARCH_MAX_BS else 0
+    return Geometry(launches, num_entries, requests_per_entry, flags | (QUADS if quads else 0))
+
+
+def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
+    """The geometry of a call."""
+    aligned = (key.expanded_ptr | key.clamped_ptr) & 15 == 0
+    return geometry(key.bs, key.limit, num_sms, aligned, key.use_adaptive)
 
 
 def pack(
     buffer: bytearray,
-    call: DraftExtendCall,
+    key: DraftExtendKey,
     shape: Geometry,
-    use_adaptive: bool,
-    total_is_given: bool,
-    epoch: int,
-    result: int,
-    out_total: int,
-    scratch: int,
+    *,
+    epoch: int = 0,
+    result: int = 0,
+    launch_count: int = 0,
+    out_total: int = 0,
+    scratch: int = 0,
 ) -> None:
-    """Pack ``struct DraftExtendArgs``; ``scratch`` is 0 in the one-launch form."""
-    extend, seq = call.extend_seq_lens, call.seq_lens
-    flags = (
-        (EXTEND_IS_INT64 if extend.dtype is torch.int64 else 0)
-        | (SEQ_IS_INT64 if seq.dtype is torch.int64 else 0)
-        | (LINEAR_SEARCH if use_adaptive and call.bs <= LINEAR_SEARCH_MAX_BS else 0)
-        | (TOTAL_IS_GIVEN if total_is_given else 0)
-        | (QUADS if shape.quads else 0)
-    )
+    """Pack ``struct DraftExtendArgs``; pointers that are 0 are not used."""
+    (
+        _,
+        bs,
+        limit,
+        topk,
+        extend_ptr,
+        seq_ptr,
+        expanded_ptr,
+        clamped_ptr,
+        extend_stride,
+        seq_stride,
+        flags,
+        _,
+    ) = key
+    _, num_entries, requests_per_entry, shape_flags = shape
     ARGS.pack_into(
         buffer,
         0,
-        call.extend_ptr,
-        call.seq_ptr,
-        call.expanded_ptr,
-        call.clamped_ptr,
+        extend_ptr,
+        seq_ptr,
+        expanded_ptr,
+        clamped_ptr,
         out_total,
         result,
         scratch,
-        scratch and scratch + 4 * call.bs,
-        extend.stride(0),
-        seq.stride(0),
-        call.bs,
-        shape.num_entries,
-        shape.requests_per_entry,
-        call.limit,
-        call.topk,
-        flags,
+        scratch and scratch + 4 * bs,
+        launch_count,
+        extend_stride,
+        seq_stride,
+        bs,
+        num_entries,
+        requests_per_entry,
+        limit,
+        topk,
+        flags | shape_flags,
         epoch,
     )
 
@@ -133,33 +149,75 @@ def enqueue(
     state: _launch.DeviceState,
     slot: _launch.Slot,
     stream: int,
-    call: DraftExtendCall,
-    use_adaptive: bool,
-    total_is_given: bool,
-    wants_result: bool,
-    out_total: int,
+    key: DraftExtendKey,
+    *,
+    reads: bool,
+    out_total: int = 0,
 ) -> None:
-    """Launch on ``stream``. The argument bytes are taken over at the launch."""
-    bs = call.bs
-    aligned = (call.expanded_ptr | call.clamped_ptr) & 15 == 0
-    shape = geometry(bs, call.limit, state.num_sms, aligned)
+    """Launch on ``stream``; with ``reads`` the kernel answers in the slot."""
+    shape = shape_of(key, state.num_sms)
     scratch = None
-    if bs > ONE_LAUNCH_MAX_BS:  # freed at return, reused by torch in stream order
+    if key.bs > ONE_LAUNCH_MAX_BS:  # freed at return, reused by torch in stream order
         scratch = torch.empty(
-            bs + shape.num_entries, dtype=torch.int32, device=call.extend_seq_lens.device
+            key.bs + shape.num_entries, dtype=torch.int32, device=f"cuda:{key.device}"
         )
     pack(
         slot.buffer,
-        call,
+        key,
         shape,
-        use_adaptive,
-        total_is_given,
-        slot.next_epoch() if wants_result else 0,
-        slot.address if wants_result else 0,
-        out_total,
-        0 if scratch is None else scratch.data_ptr(),
+        epoch=slot.next_epoch() if reads else 0,
+        result=slot.address if reads else 0,
+        out_total=out_total,
+        scratch=0 if scratch is None else scratch.data_ptr(),
     )
     state.launch(slot, stream, shape.launches)
+
+
+def capture(
+    state: _launch.DeviceState, key: DraftExtendKey, out_total: int = 0, scratch: int = 0
+) -> _graphs.CapturedLaunch:
+    """The launch of a key as a graph that answers in a slot of its own."""
+    shape = shape_of(key, state.num_sms)
+
+    def pack_slot(slot: _launch.Slot) -> tuple[tuple[str, int], ...]:
+        pack(
+            slot.buffer,
+            key,
+            shape,
+            result=slot.address,
+            launch_count=slot.count_ptr,
+            out_total=out_total,
+            scratch=scratch,
+        )
+        return shape.launches
+
+    return _graphs.CapturedLaunch(state, pack_slot)
+
+
+def run(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
+    """Launch, plainly or by a captured launch of the same key, and wait for the result word."""
+    caches = _graphs.is_enabled() and key.bs <= ONE_LAUNCH_MAX_BS  # above, scratch is per call
+    if caches:
+        cache_key = (stream, key)
+        captured = _graphs.lookup(cache_key)
+        if captured is None and _graphs.should_capture(cache_key):
+            captured = capture(state, key)
+            _graphs.insert(cache_key, captured)
+        if captured is not None:
+            try:
+                return captured.run(stream)
+            except BaseException:
+                _graphs.discard(cache_key)
+                raise
+    slot = state.take_slot()
+    try:
+        enqueue(state, slot, stream, key, reads=True)
+        word = state.wait(slot)
+    except BaseException:
+        state.retire_slot(slot)
+        raise
+    state.give_slot(slot)
+    return word
 
 
 def fill_draft_extend_metadata_cuda(
@@ -213,7 +271,7 @@ def fill_draft_extend_metadata_cuda(
 
     Source: the layout is that of SGLang's draft-extend metadata for NSA/DSA attention.
     """
-    call = _check.draft_extend(
+    tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
         nsa_index_topk,
@@ -222,33 +280,25 @@ def fill_draft_extend_metadata_cuda(
         use_adaptive,
         total_tokens,
     )
-    _check.on_cuda(call)
-    if not call.bs:
-        return 0 if total_tokens is None else call.limit
-    state = _launch.device_state(call.device)
-    stream = _launch.current_raw_stream(call.device)
-    reads = total_tokens is None
-    if reads:
+    device = key.device
+    if device < 0:
+        raise _check.not_on_cuda()
+    if not key.bs:
+        return 0 if total_tokens is None else key.limit
+    state = _launch.device_state(device)
+    stream = _launch.current_raw_stream(device)
+    if total_tokens is None:
         if state.is_capturing(stream):
             raise capture_error()
-    elif _env.debug_sync():
-        reads = not state.is_capturing(stream)
-    slot = state.take_slot()
-    if not reads:
-        enqueue(state, slot, stream, call, use_adaptive, True, False, 0)
+    elif not _env.debug_sync() or state.is_capturing(stream):
+        slot = state.take_slot()
+        enqueue(state, slot, stream, key, reads=False)
         state.give_slot(slot)
-        return call.limit
-    try:
-        enqueue(state, slot, stream, call, use_adaptive, total_tokens is not None, True, 0)
-        word = state.wait(slot)
-    except BaseException:
-        state.retire_slot(slot)
-        raise
-    state.give_slot(slot)
+        return key.limit
+    word = run(state, stream, key)
     total = word & 0xFFFFFFFF
-    status = word >> 32
-    if status:
-        raise _error(status, total, call)
+    if word != total:
+        raise status_error(word >> 32, total, tensors, key)
     return total
 
 
@@ -264,7 +314,7 @@ def fill_draft_extend_metadata_cuda_async(
     out_total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``fill_draft_extend_metadata_async`` on the CUDA backend."""
-    call = _check.draft_extend(
+    tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
         nsa_index_topk,
@@ -273,27 +323,20 @@ def fill_draft_extend_metadata_cuda_async(
         use_adaptive,
         total_tokens,
     )
-    _check.on_cuda(call)
-    state = _launch.device_state(call.device)
+    device = key.device
+    if device < 0:
+        raise _check.not_on_cuda()
+    state = _launch.device_state(device)
     if out_total is None:
-        out_total = torch.empty(2, dtype=torch.int32, device=call.extend_seq_lens.device)
+        out_total = torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
     else:
-        out_total = _check.out_total(out_total, call)
-    stream = _launch.current_raw_stream(call.device)
+        out_total = _check.out_total(out_total, tensors)
+    stream = _launch.current_raw_stream(device)
     slot = state.take_slot()
-    enqueue(
-        state,
-        slot,
-        stream,
-        call,
-        use_adaptive,
-        total_tokens is not None,
-        False,
-        out_total.data_ptr(),
-    )
+    enqueue(state, slot, stream, key, reads=False, out_total=out_total.data_ptr())
     state.give_slot(slot)
     if _env.debug_sync() and not state.is_capturing(stream):
-        raise_for_status(out_total, call)
+        raise_for_status(out_total, tensors, key)
     return out_total
 
 
@@ -306,18 +349,23 @@ def warm(device: int) -> None:
             fill_draft_extend_metadata_cuda(lengths[:bs], lengths[:bs], 1, outs[0], outs[1])
 
 
-def raise_for_status(out_total: torch.Tensor, call: DraftExtendCall) -> int:
+def raise_for_status(
+    out_total: torch.Tensor, tensors: DraftExtendTensors, key: DraftExtendKey
+) -> int:
     """Read a (total, status) pair back and raise for a status other than 0. Returns the total."""
     total, status = out_total.tolist()
     if status:
-        raise _error(status, total, call)
+        raise status_error(status, total, tensors, key)
     return int(total)
 
 
-def _error(status: int, total: int, call: DraftExtendCall) -> ValueError:
+def status_error(
+    status: int, total: int, tensors: DraftExtendTensors, key: DraftExtendKey
+) -> ValueError:
+    """The error of a status other than 0."""
     # The lengths may be read back to name a request, also while another thread captures.
-    with _launch.relaxed_capture() if call.device >= 0 else nullcontext():
-        return draft_extend_error(status, total, call.limit, call.extend_seq_lens, call.seq_lens)
+    with _launch.relaxed_capture() if key.device >= 0 else nullcontext():
+        return draft_extend_error(status, total, key.limit, tensors[0], tensors[1])
 
 
 def capture_error() -> RuntimeError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import _check, _env
-from ._check import DraftExtendCall
+from ._check import DraftExtendKey, DraftExtendTensors
 from ._status import INT32_MAX, INT32_MIN, Status, draft_extend_error
 from .draft_extend import capture_error, raise_for_status
 from .reference import draft_extend_into
@@ -30,7 +30,7 @@ def fill_draft_extend_metadata_python(
     request. With it, the vectorised form of ``reference.py`` is enqueued and nothing is read back.
     ``use_adaptive`` changes nothing here.
     """
-    call = _check.draft_extend(
+    tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
         nsa_index_topk,
@@ -39,30 +39,30 @@ def fill_draft_extend_metadata_python(
         use_adaptive,
         total_tokens,
     )
-    capturing = call.device >= 0 and torch.cuda.is_current_stream_capturing()
+    capturing = key.device >= 0 and torch.cuda.is_current_stream_capturing()
     if total_tokens is not None:
-        outcome = _enqueue(call, total_is_given=True)
+        outcome = _enqueue(tensors, key)
         if _env.debug_sync() and not capturing:
-            raise_for_status(outcome, call)
-        return call.limit
+            raise_for_status(outcome, tensors, key)
+        return key.limit
     if capturing:
         raise capture_error()
-    kv_lens = call.seq_lens.tolist()
-    q_lens = call.extend_seq_lens.tolist()
-    total, status = _outcome(q_lens, kv_lens, call.limit)
+    extend, seq, out_expanded, out_clamped = tensors
+    q_lens = extend.tolist()
+    kv_lens = seq.tolist()
+    total, status = _outcome(q_lens, kv_lens, key.limit)
     if status:
-        raise draft_extend_error(status, total, call.limit, call.extend_seq_lens, call.seq_lens)
+        raise draft_extend_error(status, total, key.limit, extend, seq)
     if not total:
         return 0
-    device = call.extend_seq_lens.device
     seqlens_expanded = torch.cat(
         [
-            torch.arange(kv - q + 1, kv + 1, device=device)
+            torch.arange(kv - q + 1, kv + 1, device=extend.device)
             for q, kv in zip(q_lens, kv_lens, strict=True)
         ]
     ).clamp_(min=0)
-    call.out_seqlens_expanded[:total] = seqlens_expanded
-    call.out_nsa_cache_seqlens[:total] = seqlens_expanded.clamp_(max=call.topk)
+    out_expanded[:total] = seqlens_expanded
+    out_clamped[:total] = seqlens_expanded.clamp_(max=key.topk)
     return total
 
 
@@ -78,7 +78,7 @@ def fill_draft_extend_metadata_python_async(
     out_total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``fill_draft_extend_metadata_async`` in plain torch, on any device."""
-    call = _check.draft_extend(
+    tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
         nsa_index_topk,
@@ -88,24 +88,20 @@ def fill_draft_extend_metadata_python_async(
         total_tokens,
     )
     if out_total is not None:
-        out_total = _check.out_total(out_total, call)
-    outcome = _enqueue(call, total_is_given=total_tokens is not None)
+        out_total = _check.out_total(out_total, tensors)
+    outcome = _enqueue(tensors, key)
     if out_total is not None:
         outcome = out_total.copy_(outcome)
-    if _env.debug_sync() and not (call.device >= 0 and torch.cuda.is_current_stream_capturing()):
-        raise_for_status(outcome, call)
+    if _env.debug_sync() and not (key.device >= 0 and torch.cuda.is_current_stream_capturing()):
+        raise_for_status(outcome, tensors, key)
     return outcome
 
 
-def _enqueue(call: DraftExtendCall, total_is_given: bool) -> torch.Tensor:
+def _enqueue(tensors: DraftExtendTensors, key: DraftExtendKey) -> torch.Tensor:
+    extend, seq, out_expanded, out_clamped = tensors
+    total_is_given = bool(key.flags & _check.TOTAL_IS_GIVEN)
     return draft_extend_into(
-        call.extend_seq_lens,
-        call.seq_lens,
-        call.topk,
-        call.out_seqlens_expanded,
-        call.out_nsa_cache_seqlens,
-        call.limit,
-        total_is_given,
+        extend, seq, key.topk, out_expanded, out_clamped, key.limit, total_is_given
     )
 
 

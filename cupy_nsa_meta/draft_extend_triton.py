@@ -15,7 +15,7 @@ import triton.language as tl
 from triton import knobs
 
 from . import _check, _env, reference
-from ._check import DraftExtendCall
+from ._check import DraftExtendKey, DraftExtendTensors
 from ._status import FATAL, draft_extend_error
 from .draft_extend import ONE_LAUNCH_MAX_BS, capture_error, raise_for_status
 
@@ -128,54 +128,50 @@ def draft_extend_kernel(  # type: ignore[no-untyped-def]
             tl.store(out_nsa_cache_seqlens + row, tl.minimum(expanded, topk), mask=inside)
 
 
-def _enqueue(call: DraftExtendCall, total_is_given: bool, out_total: torch.Tensor) -> None:
-    device = call.extend_seq_lens.device
-    bs = call.bs
-    programs = max(1, min(-(-call.limit // BLOCK), MAX_PROGRAMS))
+def _enqueue(tensors: DraftExtendTensors, key: DraftExtendKey, out_total: torch.Tensor) -> None:
+    extend, seq, out_expanded, out_clamped = tensors
+    bs = key.bs
+    programs = max(1, min(-(-key.limit // BLOCK), MAX_PROGRAMS))
     builders = programs if bs <= ONE_LAUNCH_MAX_BS else 1
-    scratch = torch.empty(builders * max(bs, 1), dtype=torch.int64, device=device)
-    with torch.cuda.device(device) if call.device >= 0 else nullcontext():
+    scratch = torch.empty(builders * max(bs, 1), dtype=torch.int64, device=extend.device)
+    with torch.cuda.device(extend.device) if key.device >= 0 else nullcontext():
         steps = ((True, True),) if builders == programs else ((True, False), (False, True))
         for build, expand in steps:
             draft_extend_kernel[(programs if expand else 1,)](
-                call.extend_seq_lens,
-                call.seq_lens,
-                call.out_seqlens_expanded,
-                call.out_nsa_cache_seqlens,
+                extend,
+                seq,
+                out_expanded,
+                out_clamped,
                 out_total,
                 scratch,
                 bs,
-                call.extend_seq_lens.stride(0),
-                call.seq_lens.stride(0),
+                key.extend_stride,
+                key.seq_stride,
                 bs,
                 bs.bit_length(),
-                call.limit,
-                call.topk,
-                int(total_is_given),
+                key.limit,
+                key.topk,
+                key.flags & _check.TOTAL_IS_GIVEN,
                 BUILD=build,
                 EXPAND=expand,
                 BLOCK=BLOCK,
             )
 
 
-def _runs_triton(call: DraftExtendCall) -> bool:
+def _runs_triton(key: DraftExtendKey) -> bool:
     """CUDA tensors, or CPU tensors in Triton's interpreter; others go to the reference."""
-    return call.device >= 0 or knobs.runtime.interpret
+    return key.device >= 0 or knobs.runtime.interpret
 
 
-def _outcome(call: DraftExtendCall, total_is_given: bool) -> torch.Tensor:
-    if not _runs_triton(call):
+def _outcome(tensors: DraftExtendTensors, key: DraftExtendKey) -> torch.Tensor:
+    if not _runs_triton(key):
+        extend, seq, out_expanded, out_clamped = tensors
+        total_is_given = bool(key.flags & _check.TOTAL_IS_GIVEN)
         return reference.draft_extend_into(
-            call.extend_seq_lens,
-            call.seq_lens,
-            call.topk,
-            call.out_seqlens_expanded,
-            call.out_nsa_cache_seqlens,
-            call.limit,
-            total_is_given,
+            extend, seq, key.topk, out_expanded, out_clamped, key.limit, total_is_given
         )
-    out_total = torch.empty(2, dtype=torch.int32, device=call.extend_seq_lens.device)
-    _enqueue(call, total_is_given, out_total)
+    out_total = torch.empty(2, dtype=torch.int32, device=tensors[0].device)
+    _enqueue(tensors, key, out_total)
     return out_total
 
 
@@ -194,7 +190,7 @@ def fill_draft_extend_metadata_inplace(
     Always a binary search; ``use_adaptive`` changes nothing. CPU tensors are computed by the
     reference, or in Triton's interpreter under TRITON_INTERPRET=1.
     """
-    call = _check.draft_extend(
+    tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
         nsa_index_topk,
@@ -203,15 +199,15 @@ def fill_draft_extend_metadata_inplace(
         use_adaptive,
         total_tokens,
     )
-    capturing = call.device >= 0 and torch.cuda.is_current_stream_capturing()
+    capturing = key.device >= 0 and torch.cuda.is_current_stream_capturing()
     if total_tokens is None and capturing:
         raise capture_error()
-    outcome = _outcome(call, total_tokens is not None)
+    outcome = _outcome(tensors, key)
     if total_tokens is None:
-        return raise_for_status(outcome, call)
+        return raise_for_status(outcome, tensors, key)
     if _env.debug_sync() and not capturing:
-        raise_for_status(outcome, call)
-    return call.limit
+        raise_for_status(outcome, tensors, key)
+    return key.limit
 
 
 def fill_draft_extend_metadata_triton_async(
@@ -226,7 +222,7 @@ def fill_draft_extend_metadata_triton_async(
     out_total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``fill_draft_extend_metadata_async`` as a Triton kernel."""
-    call = _check.draft_extend(
+    tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
         nsa_index_topk,
@@ -236,15 +232,15 @@ def fill_draft_extend_metadata_triton_async(
         total_tokens,
     )
     if out_total is None:
-        out_total = torch.empty(2, dtype=torch.int32, device=call.extend_seq_lens.device)
+        out_total = torch.empty(2, dtype=torch.int32, device=tensors[0].device)
     else:
-        out_total = _check.out_total(out_total, call)
-    if _runs_triton(call):
-        _enqueue(call, total_tokens is not None, out_total)
+        out_total = _check.out_total(out_total, tensors)
+    if _runs_triton(key):
+        _enqueue(tensors, key, out_total)
     else:
-        out_total.copy_(_outcome(call, total_tokens is not None))
-    if _env.debug_sync() and not (call.device >= 0 and torch.cuda.is_current_stream_capturing()):
-        raise_for_status(out_total, call)
+        out_total.copy_(_outcome(tensors, key))
+    if _env.debug_sync() and not (key.device >= 0 and torch.cuda.is_current_stream_capturing()):
+        raise_for_status(out_total, tensors, key)
     return out_total
 
 
@@ -259,25 +255,21 @@ def fill_draft_extend_metadata_fused_simple(
     if not isinstance(extend_seq_lens, torch.Tensor):
         extend_seq_lens = _check.as_tensor("extend_seq_lens", extend_seq_lens)
     no_rows = torch.empty((2, 0), dtype=torch.int32, device=extend_seq_lens.device)
-    call = _check.draft_extend(
+    tensors, key = _check.draft_extend(
         extend_seq_lens, seq_lens, nsa_index_topk, no_rows[0], no_rows[1], True, None
     )
-    if call.device >= 0 and torch.cuda.is_current_stream_capturing():
+    if key.device >= 0 and torch.cuda.is_current_stream_capturing():
         raise capture_error()
     # Without room every batch with rows is over capacity; the other statuses come through.
-    total, status = _outcome(call, total_is_given=False).tolist()
+    total, status = _outcome(tensors, key).tolist()
+    extend, seq, *_ = tensors
     if status in FATAL and total < 0:
-        raise draft_extend_error(status, total, 0, call.extend_seq_lens, call.seq_lens)
-    out_seqlens_expanded, out_nsa_cache_seqlens = (
-        torch.empty(total, dtype=torch.int32, device=call.extend_seq_lens.device) for _ in range(2)
+        raise draft_extend_error(status, total, 0, extend, seq)
+    out_expanded, out_clamped = (
+        torch.empty(total, dtype=torch.int32, device=extend.device) for _ in range(2)
     )
     if total:
         fill_draft_extend_metadata_inplace(
-            call.extend_seq_lens,
-            call.seq_lens,
-            call.topk,
-            out_seqlens_expanded,
-            out_nsa_cache_seqlens,
-            total_tokens=total,
+            extend, seq, key.topk, out_expanded, out_clamped, total_tokens=total
         )
-    return out_seqlens_expanded, out_nsa_cache_seqlens
+    return out_expanded, out_clamped

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from cases import POISON, Case, Expected
-from cupy_nsa_meta import _module, draft_extend
-from cupy_nsa_meta._check import DraftExtendCall
+from cupy_nsa_meta import _check, _module, draft_extend
+from cupy_nsa_meta._check import DraftExtendKey
 
 TESTS = Path(__file__).resolve().parent
 NUM_SMS = 1  # six blocks at most: they run one after another, and large batches reach quad mode
@@ -121,32 +121,57 @@ class Job:
 
 
 EPOCH = 77
-EXTEND, SEQ, EXPANDED, CLAMPED, OUT_TOTAL, RESULT, SCRATCH = range(7)
+EXTEND, SEQ, EXPANDED, CLAMPED, OUT_TOTAL, RESULT, SCRATCH, COUNT = range(8)
 
 
 #: Quad mode begins at a million rows; on the CPU it is shown with fewer.
 QUADS_MIN_ROWS = 20_000
 
 
-def draft_extend_job(case: Case, use_adaptive: bool = True) -> Job:
-    """The launches that the package would make for a case, on buffers that end where they must."""
+def draft_extend_job(case: Case, use_adaptive: bool = True, counted: bool = False) -> Job:
+    """The launches that the package would make for a case, on buffers that end where they must.
+
+    ``counted``: the epoch comes from a launch counter in device memory, as in a captured graph.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draft_extend, "QUADS_MIN_ROWS", QUADS_MIN_ROWS)
-        return _draft_extend_job(case, use_adaptive)
+        return _draft_extend_job(case, use_adaptive, counted)
 
 
-def _draft_extend_job(case: Case, use_adaptive: bool) -> Job:
+def _draft_extend_job(case: Case, use_adaptive: bool, counted: bool) -> Job:
     extend, seq = case.lengths()
-    limit = case.capacity if case.total_tokens is None else case.total_tokens
-    # Any pointers will do for the call: the harness puts in its own.
-    call = DraftExtendCall(
-        extend, seq, min(case.topk, 2**31 - 1), extend, seq, case.bs, limit, 0, 1, 1, 1, 1
+    # Any pointers will do for the key: the harness puts in its own. Out buffers begin where the
+    # case puts them, as seen from a 16-byte boundary.
+    key = DraftExtendKey(
+        device=0,
+        bs=case.bs,
+        limit=case.capacity if case.total_tokens is None else case.total_tokens,
+        topk=min(case.topk, 2**31 - 1),
+        extend_ptr=1,
+        seq_ptr=1,
+        expanded_ptr=16 + 4 * case.offsets[0],
+        clamped_ptr=16 + 4 * case.offsets[1],
+        extend_stride=extend.stride(0),
+        seq_stride=seq.stride(0),
+        flags=(extend.dtype is torch.int64) * _check.EXTEND_IS_INT64
+        | (seq.dtype is torch.int64) * _check.SEQ_IS_INT64
+        | (case.total_tokens is not None) * _check.TOTAL_IS_GIVEN,
+        use_adaptive=use_adaptive,
     )
-    aligned = all(offset % 4 == 0 for offset in case.offsets)
-    shape = draft_extend.geometry(case.bs, limit, NUM_SMS, aligned)
+    draft_extend.geometry.cache_clear()  # the threshold above is not part of its key
+    shape = draft_extend.shape_of(key, NUM_SMS)
+    draft_extend.geometry.cache_clear()
+    two_launches = len(shape.launches) > 1
     args = bytearray(draft_extend.ARGS.size)
     draft_extend.pack(
-        args, call, shape, use_adaptive, case.total_tokens is not None, EPOCH, 1, 1, 1
+        args,
+        key,
+        shape,
+        epoch=EPOCH,
+        result=1,
+        launch_count=int(counted),
+        out_total=1,
+        scratch=int(two_launches),
     )
     rows = np.full(case.capacity, POISON, dtype=np.int32).tobytes()
     buffers = [
@@ -156,12 +181,15 @@ def _draft_extend_job(case: Case, use_adaptive: bool) -> Job:
         Buffer(rows, 4 * case.offsets[1]),
         Buffer(b"\x55" * 8),
         Buffer(b"\x55" * 8),
-        Buffer(b"\x55" * (4 * (case.bs + shape.num_entries) if len(shape.launches) > 1 else 0)),
+        Buffer(b"\x55" * (4 * (case.bs + shape.num_entries) if two_launches else 0)),
+        Buffer((EPOCH - 1).to_bytes(4, "little")),
     ]
-    pointers = [(8 * index, index, 0) for index in range(7)] + [(56, SCRATCH, 4 * case.bs)]
-    if len(shape.launches) == 1:
-        pointers[SCRATCH:] = []
-        args[48:64] = bytes(16)
+    fields = [EXTEND, SEQ, EXPANDED, CLAMPED, OUT_TOTAL, RESULT]
+    pointers = [(8 * field, field, 0) for field in fields]
+    if two_launches:
+        pointers += [(48, SCRATCH, 0), (56, SCRATCH, 4 * case.bs)]
+    if counted:
+        pointers.append((64, COUNT, 0))
     return Job(buffers, bytes(args), pointers, shape.launches)
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cupy_nsa_meta import _module, draft_extend
+from cupy_nsa_meta import _check, _module, draft_extend
 
 nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
 
@@ -108,10 +108,10 @@ def test_the_constants_of_host_and_device_agree():
         "kMaxEntries": draft_extend.MAX_ENTRIES,
         "kGroup": draft_extend.GROUP,
         "kOneLaunchMaxBs": draft_extend.ONE_LAUNCH_MAX_BS,
-        "kExtendIsInt64": draft_extend.EXTEND_IS_INT64,
-        "kSeqIsInt64": draft_extend.SEQ_IS_INT64,
+        "kExtendIsInt64": _check.EXTEND_IS_INT64,
+        "kSeqIsInt64": _check.SEQ_IS_INT64,
         "kLinearSearch": draft_extend.LINEAR_SEARCH,
-        "kTotalIsGiven": draft_extend.TOTAL_IS_GIVEN,
+        "kTotalIsGiven": _check.TOTAL_IS_GIVEN,
     }.items():
         assert re.search(rf"\b{device_name} = {value}\b", text), device_name
     assert f"sizeof(DraftExtendArgs) == {draft_extend.ARGS.size}," in text

@@ -53,6 +53,21 @@ def test_binary_search_everywhere():
     run_cases(cpu_kernels.build("plain"), cases, use_adaptive=False)
 
 
+def test_a_captured_launch_counts_its_epochs():
+    """The word that a graph writes carries the count of its launches, which wraps past 29 bits."""
+    case = BY_NAME["bs_33"]
+    for name in ("contract", "bs_33", "bs_4097", "bs_16385", "negative_extend"):
+        case = BY_NAME[name]
+        job = cpu_kernels.draft_extend_job(case, counted=True)
+        (buffers,) = cpu_kernels.run(cpu_kernels.build("plain"), [job])
+        cpu_kernels.check_draft_extend(case, case.expected(), buffers)
+        assert buffers[cpu_kernels.COUNT] == cpu_kernels.EPOCH.to_bytes(4, "little")
+    job.buffers[cpu_kernels.COUNT].data = (2**29 - 1).to_bytes(4, "little")
+    (buffers,) = cpu_kernels.run(cpu_kernels.build("plain"), [job])
+    assert buffers[cpu_kernels.COUNT] == (1).to_bytes(4, "little")
+    assert int.from_bytes(buffers[cpu_kernels.RESULT], "little") >> 35 == 1
+
+
 def test_named_cases_under_address_and_undefined_behaviour_sanitizers():
     run_cases(cpu_kernels.build("address"), CASES)
 
@@ -91,8 +106,8 @@ def test_device_data_that_points_nowhere_writes_nothing():
             "bs_33",
             Patch(
                 "draft_extend.cu",
-                "  __syncthreads();\n  const u32 rows = settle(scan.total, args);",
-                "  const u32 rows = settle(scan.total, args);",
+                "  __syncthreads();\n  const u32 rows = settle(scan.total, epoch, args);",
+                "  const u32 rows = settle(scan.total, epoch, args);",
             ),
             "data race",
             id="removed_barrier_before_the_rows",
