@@ -44,30 +44,60 @@ struct Lengths {
   i64 stride;        // in elements
   bool is_int64;
 
-  __device__ __forceinline__ Length operator[](i64 idx) const {
-    const i64 at = idx * stride;  // 64-bit: idx * stride passes 2^31
-    const int* const word = words + (is_int64 ? 2 * at : at);
-    const int low = __ldg(word);
-    return {low, is_int64 ? __ldg(word + 1) : low >> 31};
+  __device__ __forceinline__ const int* at(i64 idx) const {
+    const i64 element = idx * stride;  // 64-bit: idx * stride passes 2^31
+    return words + (is_int64 ? 2 * element : element);
   }
 
-  // lengths[k] = the length at first + k * kBlockThreads, the last one past the end. All loads go
-  // out before the first is used: a use between them would make each wait for the one before.
-  template <int kCount>
-  __device__ __forceinline__ void load(Length (&lengths)[kCount], int first, int end) const {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const i64 at = min(first + k * kBlockThreads, end - 1) * stride;
-      const int* const word = words + (is_int64 ? 2 * at : at);
-      lengths[k].low = __ldg(word);
-      lengths[k].high = is_int64 ? __ldg(word + 1) : 0;
-    }
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (!is_int64) lengths[k].high = lengths[k].low >> 31;
-    }
+  // Both words are loaded before either is looked at: a use between them would wait for the first.
+  __device__ __forceinline__ Length operator[](i64 idx) const {
+    const int* const word = at(idx);
+    const int low = __ldg(word);
+    const int second = __ldg(word + (is_int64 ? 1 : 0));
+    return {low, is_int64 ? second : low >> 31};
+  }
+
+  // Four lengths side by side fit in one or two 16-byte loads.
+  __device__ __forceinline__ bool has_quads() const {
+    return stride == 1 && (reinterpret_cast<u64>(words) & 15) == 0;
   }
 };
+
+// The words of four consecutive lengths, as they are in memory: loaded first, looked at later.
+struct LengthQuad {
+  int4 first;
+  int4 second;  // of int64 lengths
+
+  // `idx` is a multiple of 4, and the lengths have quads.
+  __device__ __forceinline__ void load(const Lengths& lengths, int idx) {
+    const int4* const at =
+        reinterpret_cast<const int4*>(lengths.words + (lengths.is_int64 ? 2 * static_cast<i64>(idx) : idx));
+    first = __ldg(at);
+    second = __ldg(at + (lengths.is_int64 ? 1 : 0));
+  }
+
+  __device__ __forceinline__ void decode(bool is_int64, Length (&out)[4]) const {
+    out[0] = {first.x, is_int64 ? first.y : first.x >> 31};
+    out[1] = is_int64 ? Length{first.z, first.w} : Length{first.y, first.y >> 31};
+    out[2] = is_int64 ? Length{second.x, second.y} : Length{first.z, first.z >> 31};
+    out[3] = is_int64 ? Length{second.z, second.w} : Length{first.w, first.w >> 31};
+  }
+};
+
+// Lengths [idx, idx + 4), 0 at and past `end`.
+__device__ __forceinline__ void load_four(const Lengths& lengths, int idx, int end, Length (&out)[4]) {
+  if (idx + 4 <= end && lengths.has_quads()) {
+    LengthQuad quad;
+    quad.load(lengths, idx);
+    quad.decode(lengths.is_int64, out);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    out[k] = {0, 0};
+    if (idx + k < end) out[k] = lengths[idx + k];
+  }
+}
 
 // ---- Scans over requests ------------------------------------------------------------------------
 // Sums are 32-bit and right as long as nothing is marked. Values are below 2^31, so one addition of

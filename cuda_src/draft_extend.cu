@@ -23,7 +23,7 @@
 //   draft_extend_warp    <= 32       in the registers of every warp: no barrier, search by shuffles
 //   draft_extend_block   <= 256      one per thread, ends and bases in shared memory
 //   draft_extend_block4  <= 1,024    four per thread
-//   draft_extend_large   <= 16,384   ends of entries of 1 or 4 requests in shared memory
+//   draft_extend_large   <= 16,384   ends of groups of four requests in shared memory
 //   draft_extend_tiles, then draft_extend_tiled: above; the first launch sums tiles of requests
 //
 // A batch of a few rows is a matter of latency: one row per thread, and no instruction that is not
@@ -37,12 +37,15 @@ namespace nsa {
 constexpr int kWarpMaxBs = 32;
 constexpr int kMaxItems = 4;       // requests per thread of draft_extend_block4
 constexpr int kMaxEntries = 4096;  // sums held in shared memory by draft_extend_large and _tiled
-constexpr int kGroup = 4;          // requests per entry above kMaxEntries requests
+constexpr int kGroup = 4;          // requests per entry of draft_extend_large
 constexpr int kOneLaunchMaxBs = 16384;
-constexpr int kLoadBatch = 8;  // requests that a thread of draft_extend_large loads at once
+constexpr int kLoadBatch = 4;  // groups that a thread of draft_extend_large loads at once
 constexpr int kQuad = 4;       // rows per thread and step in quad mode: one 16-byte store per output
-// Quad mode pays where a thread writes several quads; below, one row per thread is quicker.
-constexpr u32 kQuadModeRows = 4 * kQuad * kBlockThreads;  // per block
+constexpr int kQuadTileRows = kQuad * kBlockThreads;
+// Quad mode pays where a thread writes several quads, and most of them inside one request; below,
+// one row per thread is quicker.
+constexpr u32 kQuadModeRowsPerBlock = 4 * kQuadTileRows;
+constexpr u32 kQuadModeRowsPerRequest = 4 * kQuad;
 
 enum DraftExtendFlags : u32 {
   kExtendIsInt64 = 1,
@@ -67,7 +70,7 @@ struct DraftExtendArgs {
   i64 seq_stride;
   int bs;
   int num_entries;         // ceil(bs / requests_per_entry), <= kMaxEntries
-  int requests_per_entry;  // 1 or kGroup; a multiple of kBlockThreads in the two-launch form
+  int requests_per_entry;  // kGroup; a multiple of kBlockThreads in the two-launch form
   int max_rows;
   int topk;
   u32 flags;
@@ -76,7 +79,7 @@ struct DraftExtendArgs {
 };
 static_assert(sizeof(DraftExtendArgs) == 120, "cupy_nsa_meta/draft_extend.py packs 120 bytes");
 static_assert(kMaxEntries * kGroup == kOneLaunchMaxBs, "one launch serves this many requests");
-static_assert(kGroup == 4, "two shuffles add up the requests of an entry");
+static_assert(kGroup == 4 && kMaxItems == 4, "load_four");
 static_assert(kWarpMaxBs == kWarpThreads, "a lane holds a request");
 
 __device__ __forceinline__ Lengths extend_lengths(const DraftExtendArgs& args) {
@@ -158,23 +161,9 @@ __device__ __forceinline__ void store_rows(const DraftExtendArgs& args, u32 row,
   *reinterpret_cast<int4*>(args.out_nsa_cache_seqlens + row) = clamped;
 }
 
-// The run of quads that a block writes in quad mode: [begin, end), in units of kQuad * kBlockThreads
-// rows. Runs, so that a thread mostly stays inside the request it found last.
-struct TileRun {
-  u32 begin;
-  u32 end;
-};
-
-__device__ __forceinline__ TileRun quad_tiles(u32 rows) {
-  constexpr u32 kTileRows = kQuad * kBlockThreads;
-  const u32 num_tiles = (rows + kTileRows - 1) / kTileRows;
-  const u32 per_block = (num_tiles + gridDim.x - 1) / gridDim.x;
-  const u32 begin = blockIdx.x * per_block;
-  return {begin, min(begin + per_block, num_tiles)};
-}
-
 __device__ __forceinline__ bool use_quads(const DraftExtendArgs& args, u32 rows) {
-  return (args.flags & kQuads) != 0 && rows / kQuadModeRows >= gridDim.x;
+  return (args.flags & kQuads) != 0 && rows / kQuadModeRowsPerBlock >= gridDim.x &&
+         rows / kQuadModeRowsPerRequest >= static_cast<u32>(args.bs);
 }
 
 struct Found {
@@ -183,20 +172,28 @@ struct Found {
   int entry;  // where the next search may start
 };
 
-// Writes the rows of this block. find(row, first_entry) -> Found, for rows below T; no entry before
-// first_entry ends behind the row.
+// Writes the rows of this block. find(row, first_entry) -> Found, for any row; right for rows below
+// T, where no entry before first_entry ends behind the row.
 template <bool kWithQuads, class Find>
-__device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 rows, const Find& find) {
+__device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 epoch,
+                                           const Find& find) {
+  // The first search does not wait for the status.
+  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
+  Found found = find(row, 0);
+  const u32 rows = settle(total, epoch, args);
   if (!kWithQuads || !use_quads(args, rows)) {
-    for (u32 row = blockIdx.x * kBlockThreads + threadIdx.x; row < rows; row += gridDim.x * kBlockThreads) {
-      store_row(args, row, find(row, 0).base);
-    }
+    if (row >= rows) return;
+    store_row(args, row, found.base);
+    const u32 step = gridDim.x * kBlockThreads;
+#pragma unroll 1
+    for (row += step; row < rows; row += step) store_row(args, row, find(row, found.entry).base);
     return;
   }
-  const TileRun run = quad_tiles(rows);
-  Found found = {0, 0, 0};
-  for (u32 tile = run.begin; tile < run.end; ++tile) {
-    const u32 first_row = (tile * kBlockThreads + threadIdx.x) * kQuad;
+  // All blocks write side by side, tile after tile.
+  found = {0, 0, 0};
+#pragma unroll 1
+  for (u32 tile = blockIdx.x; tile * kQuadTileRows < rows; tile += gridDim.x) {
+    const u32 first_row = tile * kQuadTileRows + threadIdx.x * kQuad;
     if (first_row >= rows) return;
     if (first_row >= found.end) found = find(first_row, found.entry);
     if (first_row + kQuad <= min(found.end, rows)) {
@@ -205,7 +202,7 @@ __device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 rows
     }
     const u32 last_row = min(first_row + kQuad, rows);
 #pragma unroll 1
-    for (u32 row = first_row; row < last_row; ++row) {
+    for (row = first_row; row < last_row; ++row) {
       if (row >= found.end) found = find(row, found.entry);
       store_row(args, row, found.base);
     }
@@ -232,36 +229,39 @@ __device__ __forceinline__ int find_lane(u32 end, u32 row, bool linear) {
 
 template <bool kWithQuads>
 __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& args) {
-  const u32 epoch = launch_epoch(args);
   const int lane = threadIdx.x % kWarpThreads;
   Length extend = {0, 0}, seq = {0, 0};
   if (lane < args.bs) {
     seq = seq_lengths(args)[lane];
     extend = extend_lengths(args)[lane];
   }
+  const u32 epoch = launch_epoch(args);
   Marks marks;
   marks.check(extend, seq);
   const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), marks);
   const int base = request_base(seq.low, end);
+  const bool linear = (args.flags & kLinearSearch) != 0;
+  // Whole warps stay in the loops, for the shuffles. The first search does not wait for the status.
+  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
+  int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
   const u32 total = warp_word(__shfl_sync(kFullWarp, end, kWarpThreads - 1), marks);
   const u32 rows = settle(total, epoch, args);
-  const bool linear = (args.flags & kLinearSearch) != 0;
 
-  // Whole warps stay in the loops, for the shuffles.
   if (!kWithQuads || !use_quads(args, rows)) {
-    for (u32 first = blockIdx.x * kBlockThreads + threadIdx.x - lane; first < rows;
-         first += gridDim.x * kBlockThreads) {
-      const u32 row = first + lane;
-      const int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+    if (row < rows) store_row(args, row, row_base);
+    const u32 step = gridDim.x * kBlockThreads;
+#pragma unroll 1
+    for (row += step; row - lane < rows; row += step) {
+      row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
       if (row < rows) store_row(args, row, row_base);
     }
     return;
   }
-  const TileRun run = quad_tiles(rows);
   u32 found_end = 0;
   int found_base = 0;
-  for (u32 tile = run.begin; tile < run.end; ++tile) {
-    const u32 first_row = (tile * kBlockThreads + threadIdx.x) * kQuad;
+#pragma unroll 1
+  for (u32 tile = blockIdx.x; tile * kQuadTileRows < rows; tile += gridDim.x) {
+    const u32 first_row = tile * kQuadTileRows + threadIdx.x * kQuad;
     if (__any_sync(kFullWarp, first_row >= found_end)) {
       const int found = find_lane(end, first_row, linear);
       found_end = __shfl_sync(kFullWarp, end, found);
@@ -272,8 +272,8 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
     if (__any_sync(kFullWarp, !whole)) {
 #pragma unroll 1
       for (int k = 0; k < kQuad; ++k) {
-        const u32 row = first_row + k;
-        const int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+        row = first_row + k;
+        row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
         if (!whole && row < rows) store_row(args, row, row_base);
       }
     }
@@ -292,20 +292,22 @@ struct BlockPrefix {
 template <int kItems, bool kWithQuads>
 __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& args) {
   __shared__ BlockPrefix<kItems> shared;
-  const u32 epoch = launch_epoch(args);
   const int bs = args.bs;
   const int first = threadIdx.x * kItems;  // consecutive requests of this thread
   const Lengths extend = extend_lengths(args);
   const Lengths seq = seq_lengths(args);
   Length extends[kItems], seqs[kItems];
-#pragma unroll
-  for (int k = 0; k < kItems; ++k) {
-    extends[k] = seqs[k] = {0, 0};
-    if (first + k < bs) {
-      seqs[k] = seq[first + k];
-      extends[k] = extend[first + k];
+  if constexpr (kItems == 1) {
+    extends[0] = seqs[0] = {0, 0};
+    if (first < bs) {
+      seqs[0] = seq[first];
+      extends[0] = extend[first];
     }
+  } else {
+    load_four(seq, first, bs, seqs);
+    load_four(extend, first, bs, extends);
   }
+  const u32 epoch = launch_epoch(args);
   Marks marks;
   u32 mine = 0, all_sums = 0;
 #pragma unroll
@@ -324,8 +326,7 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
     shared.bases[first + k] = request_base(seqs[k].low, end);
   }
   __syncthreads();
-  const u32 rows = settle(scan.total, epoch, args);
-  write_rows<kWithQuads>(args, rows, [&](u32 row, int) -> Found {
+  write_rows<kWithQuads>(args, scan.total, epoch, [&](u32 row, int) -> Found {
     // The ends of the warps are in registers: they leave the requests of one warp to search.
     int entry = 0;
 #pragma unroll
@@ -342,42 +343,54 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
 
 struct LargePrefix {
   u32 ends[kMaxEntries];  // entry e covers rows [e ? ends[e - 1] : 0, ends[e])
-  int seqs[kMaxEntries];  // of the entry's request; requests_per_entry == 1 only
   WarpWords words;
 };
 static_assert(sizeof(LargePrefix) <= 48 * 1024, "static shared memory limit");
 
-// Loads every request into shared.ends, added up by entry, neighbouring threads on neighbouring
-// requests, kLoadBatch loads of each array in flight. Whole warps take part, for the shuffles.
-__device__ __forceinline__ Marks load_entries(const DraftExtendArgs& args, LargePrefix& shared) {
+__device__ __forceinline__ u32 group_sum(const Length (&extends)[kGroup], const Length (&seqs)[kGroup],
+                                         Marks& marks) {
+  u32 sum = 0, all_sums = 0;
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) {
+    marks.check(extends[k], seqs[k]);
+    sum += static_cast<u32>(extends[k].low);
+    all_sums |= sum;
+  }
+  marks.check_sums(all_sums);
+  return sum;
+}
+
+// Loads every request, four per thread and step, and puts the sums of the groups in shared.ends.
+__device__ __forceinline__ Marks load_groups(const DraftExtendArgs& args, LargePrefix& shared) {
   const Lengths extend = extend_lengths(args);
   const Lengths seq = seq_lengths(args);
   const int bs = args.bs;
-  const bool grouped = args.requests_per_entry != 1;
   Marks marks;
-  for (int batch = 0; batch < bs; batch += kLoadBatch * kBlockThreads) {
-    const int first = batch + static_cast<int>(threadIdx.x);
-    Length extends[kLoadBatch], seqs[kLoadBatch];
-    extend.load(extends, first, bs);
-    seq.load(seqs, first, bs);
+  Length extends[kGroup], seqs[kGroup];
+  int group = threadIdx.x;
+  if (extend.has_quads() && seq.has_quads()) {  // whole groups, kLoadBatch of them in flight
+    const int whole = bs / kGroup;
+#pragma unroll 1
+    for (; group + (kLoadBatch - 1) * kBlockThreads < whole; group += kLoadBatch * kBlockThreads) {
+      LengthQuad extend_quads[kLoadBatch], seq_quads[kLoadBatch];
 #pragma unroll
-    for (int k = 0; k < kLoadBatch; ++k) {
-      const int idx = first + k * kBlockThreads;
-      const bool exists = idx < bs;
-      marks.check(extends[k], seqs[k]);  // past the end: the last request again
-      u32 sum = exists ? static_cast<u32>(extends[k].low) : 0;
-      if (grouped) {
-        u32 all_sums = sum;
-        sum += __shfl_xor_sync(kFullWarp, sum, 1);
-        all_sums |= sum;
-        sum += __shfl_xor_sync(kFullWarp, sum, 2);
-        marks.check_sums(all_sums | sum);
-        if (exists && idx % kGroup == 0) shared.ends[idx / kGroup] = sum;
-      } else if (exists) {
-        shared.ends[idx] = sum;
-        shared.seqs[idx] = seqs[k].low;
+      for (int k = 0; k < kLoadBatch; ++k) {
+        seq_quads[k].load(seq, (group + k * kBlockThreads) * kGroup);
+        extend_quads[k].load(extend, (group + k * kBlockThreads) * kGroup);
+      }
+#pragma unroll
+      for (int k = 0; k < kLoadBatch; ++k) {
+        extend_quads[k].decode(extend.is_int64, extends);
+        seq_quads[k].decode(seq.is_int64, seqs);
+        shared.ends[group + k * kBlockThreads] = group_sum(extends, seqs, marks);
       }
     }
+  }
+#pragma unroll 1
+  for (; group * kGroup < bs; group += kBlockThreads) {
+    load_four(seq, group * kGroup, bs, seqs);
+    load_four(extend, group * kGroup, bs, extends);
+    shared.ends[group] = group_sum(extends, seqs, marks);
   }
   return marks;
 }
@@ -416,39 +429,28 @@ __device__ __forceinline__ u32 scan_entries(LargePrefix& shared, int num_entries
   return scan.total;
 }
 
+// The request of a row, among those of the entry that covers it: a group or a tile.
 template <bool kTiled>
 __device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, const LargePrefix& shared,
                                                  u32 row, int first_entry) {
   const int entry = upper_bound(shared.ends, first_entry, args.num_entries - 1, row);
-  u32 end = shared.ends[entry];
-  if (!kTiled && args.requests_per_entry == 1) return {end, request_base(shared.seqs[entry], end), entry};
   const u32 begin = entry > 0 ? shared.ends[entry - 1] : 0;
   int idx = entry * args.requests_per_entry;
-  const int last = min(idx + args.requests_per_entry, args.bs) - 1;
-  if (kTiled) {
+  u32 end;
+  if constexpr (kTiled) {
+    const int last = min(idx + args.requests_per_entry, args.bs) - 1;
     idx = upper_bound(args.request_ends, idx, last, row - begin);
     end = begin + args.request_ends[idx];
   } else {
-    // Ends of all requests of the group but the last, from lengths loaded together.
-    const Lengths extend = extend_lengths(args);
-    u32 ends[kGroup];
-#pragma unroll
-    for (int k = 0; k < kGroup - 1; ++k) {
-      ends[k] = idx + k < last ? static_cast<u32>(extend[idx + k].low) : 0;
-    }
-    ends[0] += begin;
-#pragma unroll
-    for (int k = 1; k < kGroup - 1; ++k) ends[k] += ends[k - 1];
-    int passed = 0;
-#pragma unroll
-    for (int k = 0; k < kGroup - 1; ++k) {
-      if (idx + k < last && ends[k] <= row) passed = k + 1;
-    }
-#pragma unroll
-    for (int k = 0; k < kGroup - 1; ++k) {
-      if (passed == k && idx + k < last) end = ends[k];
-    }
-    idx += passed;
+    Length extends[kGroup];
+    load_four(extend_lengths(args), idx, args.bs, extends);
+    // Ends of the first three; what they do not cover is the fourth's, or the last one's before it.
+    const u32 first = begin + static_cast<u32>(extends[0].low);
+    const u32 second = first + static_cast<u32>(extends[1].low);
+    const u32 third = second + static_cast<u32>(extends[2].low);
+    idx += (first <= row) + (second <= row) + (third <= row);
+    end = row < first ? first : row < second ? second : row < third ? third : shared.ends[entry];
+    idx = min(idx, args.bs - 1);
   }
   return {end, request_base(seq_lengths(args)[idx].low, end), entry};
 }
@@ -456,13 +458,12 @@ __device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, co
 template <bool kTiled>
 __device__ __forceinline__ void draft_extend_large_body(const DraftExtendArgs& args) {
   __shared__ LargePrefix shared;
+  const Marks marks = kTiled ? load_tiles(args, shared) : load_groups(args, shared);
   const u32 epoch = launch_epoch(args);
-  const Marks marks = kTiled ? load_tiles(args, shared) : load_entries(args, shared);
   __syncthreads();
   const u32 total = scan_entries(shared, args.num_entries, marks);
   __syncthreads();
-  const u32 rows = settle(total, epoch, args);
-  write_rows<true>(args, rows, [&](u32 row, int first_entry) -> Found {
+  write_rows<true>(args, total, epoch, [&](u32 row, int first_entry) -> Found {
     return find_in_entries<kTiled>(args, shared, row, first_entry);
   });
 }

@@ -18,9 +18,15 @@ from ._status import INT32_MAX
 _Tensor = torch.Tensor
 _int32 = torch.int32
 _int64 = torch.int64
+_CONTIGUOUS = (1,)
 
 
-#: extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
+DraftExtendArrays = (
+    "extend_seq_lens",
+    "seq_lens",
+    "out_seqlens_expanded",
+    "out_nsa_cache_seqlens",
+)
 DraftExtendTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 EXTEND_IS_INT64 = 1
@@ -77,6 +83,8 @@ def draft_extend(
 
     extend_dtype = extend_seq_lens.dtype
     seq_dtype = seq_lens.dtype
+    extend_strides = extend_seq_lens.stride()
+    seq_strides = seq_lens.stride()
     bs = extend_seq_lens.numel()
     room_expanded = out_seqlens_expanded.numel()
     room_clamped = out_nsa_cache_seqlens.numel()
@@ -86,13 +94,11 @@ def draft_extend(
         and (seq_dtype is _int64 or seq_dtype is _int32)
         and out_seqlens_expanded.dtype is _int32
         and out_nsa_cache_seqlens.dtype is _int32
-        and extend_seq_lens.dim() == 1
-        and seq_lens.dim() == 1
-        and out_seqlens_expanded.dim() == 1
-        and out_nsa_cache_seqlens.dim() == 1
+        and len(extend_strides) == 1
+        and len(seq_strides) == 1
+        and out_seqlens_expanded.stride() == _CONTIGUOUS
+        and out_nsa_cache_seqlens.stride() == _CONTIGUOUS
         and seq_lens.numel() == bs
-        and out_seqlens_expanded.is_contiguous()
-        and out_nsa_cache_seqlens.is_contiguous()
         and extend_seq_lens.is_cuda
         and seq_lens.get_device() == device
         and out_seqlens_expanded.get_device() == device
@@ -120,8 +126,8 @@ def draft_extend(
     seq_ptr = seq_lens.data_ptr()
     expanded_ptr = out_seqlens_expanded.data_ptr()
     clamped_ptr = out_nsa_cache_seqlens.data_ptr()
-    extend_stride = extend_seq_lens.stride()[0]
-    seq_stride = seq_lens.stride()[0]
+    extend_stride = extend_strides[0]
+    seq_stride = seq_strides[0]
     # Spans of bytes first; exact positions only where two of them meet.
     expanded_end = expanded_ptr + 4 * room_expanded
     clamped_end = clamped_ptr + 4 * room_clamped
@@ -181,18 +187,32 @@ def _explain_draft_extend(
     )
 
 
-def out_total(array: Any, tensors: DraftExtendTensors) -> torch.Tensor:
+def out_total(array: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> torch.Tensor:
     """Check the ``out_total`` [2] of an asynchronous call against its other arguments."""
-    tensor = as_tensor("out_total", array, writable=True)
-    room = output("out_total", tensor)
-    if room != 2:
-        raise ValueError(f"out_total: expected shape [2] (total, status), got [{room}]")
-    same_device(extend_seq_lens=tensors[0], out_total=tensor)
-    outside_input("out_total", tensor, "extend_seq_lens", tensors[0])
-    outside_input("out_total", tensor, "seq_lens", tensors[1])
-    outside_input("out_total", tensor, "out_seqlens_expanded", tensors[2])
-    outside_input("out_total", tensor, "out_nsa_cache_seqlens", tensors[3])
+    tensor = array if isinstance(array, _Tensor) else as_tensor("out_total", array, writable=True)
+    if not (
+        tensor.dtype is _int32
+        and tensor.numel() == 2
+        and tensor.stride() == (1,)
+        and tensor.get_device() == key.device
+        and key.device >= 0
+    ):
+        room = output("out_total", tensor)
+        if room != 2:
+            raise ValueError(f"out_total: expected shape [2] (total, status), got [{room}]")
+        same_device(extend_seq_lens=tensors[0], out_total=tensor)
+    begin = tensor.data_ptr()
+    end = begin + 8
+    for name, other in zip(DraftExtendArrays, tensors, strict=True):
+        at = other.data_ptr()
+        if at < end and begin < at + other.element_size() * _span(other):
+            outside_input("out_total", tensor, name, other)
     return tensor
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last one of a 1-D tensor, those between included."""
+    return (tensor.numel() - 1) * tensor.stride()[0] + 1
 
 
 def lengths(name: str, tensor: torch.Tensor) -> int:

@@ -17,12 +17,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from . import _env
-from ._launch import DeviceState, Slot, relaxed_capture
+from ._launch import EPOCH_MASK, DeviceState, Slot, relaxed_capture
 
 MAX_GRAPHS = 64  # per thread
-CAPTURE_COST = 16  # hits that pay for a capture: 56 us against about 4 us saved
-FIRST_CREDIT = 16 * CAPTURE_COST
+FREE_CAPTURES = 16  # per thread
+HITS_PER_CAPTURE = 16  # that pay for a further one: 56 us against about 4 us saved by each
 
 #: Packs ``slot.buffer`` for the captured launch; returns its kernels and grids.
 Pack = Callable[[Slot], "tuple[tuple[str, int], ...]"]
@@ -55,14 +54,14 @@ class CapturedLaunch:
 
     def launch(self, stream: int) -> None:
         """Enqueue on ``stream``."""
-        state, slot = self.state, self.slot
-        slot.ptr = stream
-        slot.next_epoch()
+        slot, state = self.slot, self.state
         if state.runtime.getDevice() != state.device:
             with state.cupy.cuda.Device(state.device):
-                self._graph.launch(slot)
-        else:
-            self._graph.launch(slot)
+                self.launch(stream)
+            return
+        slot.ptr = stream
+        slot.epoch = slot.epoch % EPOCH_MASK + 1
+        self._graph.launch(slot)
 
     def run(self, stream: int) -> int:
         """Enqueue, then wait for the result word."""
@@ -80,64 +79,70 @@ class CapturedLaunch:
             self.state.retire_slot(slot)
 
 
-class _ThreadCache(threading.local):
+class _Cache:
+    """The captured launches of one thread."""
+
     def __init__(self) -> None:
         self.graphs: OrderedDict[Hashable, CapturedLaunch] = OrderedDict()
         self.met_once: OrderedDict[Hashable, None] = OrderedDict()
         self.streams: dict[int, Any] = {}
-        self.credit = FIRST_CREDIT
         self.hits = self.misses = self.captures = 0
 
+    def should_capture(self, key: Hashable) -> bool:
+        """Note a key that has no captured launch; whether it is worth one now."""
+        earned = FREE_CAPTURES + self.hits // HITS_PER_CAPTURE
+        if key in self.met_once and self.captures < earned:
+            del self.met_once[key]
+            return True
+        self.met_once[key] = None
+        if len(self.met_once) > MAX_GRAPHS:
+            self.met_once.popitem(last=False)
+        return False
 
-_cache = _ThreadCache()
+    def insert(self, key: Hashable, captured: CapturedLaunch) -> None:
+        self.graphs[key] = captured
+        self.captures += 1
+        if len(self.graphs) > MAX_GRAPHS:
+            self.graphs.popitem(last=False)
 
 
-def lookup(key: Hashable) -> CapturedLaunch | None:
-    """The captured launch of a key, or None where there is none."""
-    cache = _cache
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.cache = _Cache()
+
+
+_thread = _Thread()
+
+
+def lookup(
+    key: Hashable, capture: Callable[..., CapturedLaunch], *arguments: Any
+) -> CapturedLaunch | None:
+    """The captured launch of a key; None where a plain launch is due.
+
+    Met the second time, a key is captured by ``capture(*arguments)``.
+    """
+    cache = _thread.cache
     captured = cache.graphs.get(key)
-    if captured is None:
-        cache.misses += 1
+    if captured is not None:
+        cache.hits += 1
+        cache.graphs.move_to_end(key)
+        return captured
+    cache.misses += 1
+    if not cache.should_capture(key):
         return None
-    cache.graphs.move_to_end(key)
-    cache.hits += 1
-    cache.credit += 1
+    captured = capture(*arguments)
+    cache.insert(key, captured)
     return captured
-
-
-def should_capture(key: Hashable) -> bool:
-    """Note a key that has no captured launch; whether it is worth one now."""
-    cache = _cache
-    if key in cache.met_once and cache.credit >= CAPTURE_COST:
-        del cache.met_once[key]
-        return True
-    cache.met_once[key] = None
-    if len(cache.met_once) > MAX_GRAPHS:
-        cache.met_once.popitem(last=False)
-    return False
-
-
-def insert(key: Hashable, captured: CapturedLaunch) -> None:
-    cache = _cache
-    cache.graphs[key] = captured
-    cache.captures += 1
-    cache.credit = min(cache.credit, FIRST_CREDIT) - CAPTURE_COST
-    if len(cache.graphs) > MAX_GRAPHS:
-        cache.graphs.popitem(last=False)
 
 
 def discard(key: Hashable) -> None:
     """Forget a captured launch, after an error or an interrupted wait."""
-    _cache.graphs.pop(key, None)
-
-
-def is_enabled() -> bool:
-    return _env.graph_cache()
+    _thread.cache.graphs.pop(key, None)
 
 
 def cache_info() -> dict[str, int]:
     """Counters of the calling thread's launch cache."""
-    cache = _cache
+    cache = _thread.cache
     return {
         "hits": cache.hits,
         "misses": cache.misses,
@@ -149,7 +154,8 @@ def cache_info() -> dict[str, int]:
 
 def _capture_stream(state: DeviceState) -> Any:
     """A stream of this thread that nothing else runs on."""
-    stream = _cache.streams.get(state.device)
+    streams = _thread.cache.streams
+    stream = streams.get(state.device)
     if stream is None:
-        stream = _cache.streams[state.device] = state.cupy.cuda.Stream(non_blocking=True)
+        stream = streams[state.device] = state.cupy.cuda.Stream(non_blocking=True)
     return stream

@@ -80,6 +80,7 @@ class DeviceState:
         self.device = device
         self.cupy = cupy = _module.import_cupy()
         self.runtime = cupy.cuda.runtime
+        self._get_device = self.runtime.getDevice
         self._launch_kernel = cupy.cuda.driver.launchKernel
         self._driver_error = cupy.cuda.driver.CUDADriverError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -97,6 +98,7 @@ class DeviceState:
         ctypes.memset(self._base, 0, num_bytes)
         self.words = memoryview(memory).cast("B").cast("Q")
         self._next_slot = count()
+        self.slots_made = 0
         self._free: deque[Slot] = deque()
         self._retired: deque[Slot] = deque()
 
@@ -107,6 +109,7 @@ class DeviceState:
         except IndexError:
             number = next(self._next_slot)
         if number < NUM_SLOTS:
+            self.slots_made = number + 1
             return Slot(
                 number * (SLOT_BYTES // 8),
                 self._base + number * SLOT_BYTES,
@@ -141,21 +144,18 @@ class DeviceState:
 
         The argument bytes are taken over at the launch.
         """
-        slot.ptr = stream
-        if self.runtime.getDevice() != self.device:
+        if self._get_device() != self.device:
             with self.cupy.cuda.Device(self.device):
-                self._launch(slot, launches)
-        else:
-            self._launch(slot, launches)
-
-    def _launch(self, slot: Slot, launches: Iterable[tuple[str, int]]) -> None:
-        # The driver's call, 1 us less than that of CuPy's kernel objects.
+                self.launch(slot, stream, launches)
+            return
+        slot.ptr = stream
         for name, grid in launches:
+            # The driver's call, 1 us less than that of CuPy's kernel objects.
             arguments = (
                 self._functions[name],
                 grid, 1, 1,
                 BLOCK_THREADS, 1, 1,
-                0, slot.ptr, slot.params, 0,
+                0, stream, slot.params, 0,
             )  # fmt: skip
             try:
                 self._launch_kernel(*arguments)
@@ -166,7 +166,8 @@ class DeviceState:
                 self._launch_kernel(*arguments)
 
     def is_capturing(self, stream: int) -> bool:
-        return bool(self.runtime.streamIsCapturing(stream))
+        """Whether a CUDA graph is being captured on ``stream``; the legacy stream 0 never is."""
+        return stream != 0 and bool(self.runtime.streamIsCapturing(stream))
 
     def wait(self, slot: Slot) -> int:
         """The word that the slot's last launch writes: spin briefly, then wait without the GIL.

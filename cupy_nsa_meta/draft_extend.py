@@ -5,7 +5,6 @@ Device twin: ``cuda_src/draft_extend.cu``. Specification: ``reference.draft_exte
 
 from __future__ import annotations
 
-import functools
 import struct
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -27,16 +26,16 @@ BLOCK_THREADS = _launch.BLOCK_THREADS
 WARP_MAX_BS = 32  # kWarpMaxBs
 MAX_ITEMS = 4  # kMaxItems
 MAX_ENTRIES = 4096  # kMaxEntries
-GROUP = 4  # kGroup
+GROUP = 4  # kGroup: requests per entry
 ONE_LAUNCH_MAX_BS = 16384  # kOneLaunchMaxBs
 LINEAR_SEARCH_MAX_BS = 16
 #: Capacity from which rows are written in quads; below, a launch is a matter of latency.
 QUADS_MIN_ROWS = 1 << 20
-BLOCKS_PER_SM = 6  # resident blocks, bounded by 33 KB of shared memory each
-#: Every block reads the whole batch. More blocks than multiprocessors read it for few rows, or
-#: write this many rows for every request (or tile) that they read.
-ROWS_PER_ENTRY_READ = 8
-FEW_REQUESTS = 2048
+BLOCKS_PER_SM = 8  # 2,048 threads
+#: Every block reads the whole batch. More blocks than multiprocessors read a batch of few requests,
+#: or write this many rows for every request that they read.
+ROWS_PER_REQUEST_READ = 8
+FEW_REQUESTS = 1024
 
 # Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
@@ -52,46 +51,36 @@ class Geometry(NamedTuple):
     flags: int  # LINEAR_SEARCH | QUADS
 
 
-@functools.lru_cache(maxsize=1024)
-def geometry(bs: int, limit: int, num_sms: int, aligned: bool, use_adaptive: bool) -> Geometry:
-    """Kernels, blocks by capacity (the host does not know T), entries of the shared prefix.
-
-    ``aligned``: both out buffers begin on 16-byte boundaries.
-    """
-    requests_per_entry = 1
-    if MAX_ENTRIES < bs <= ONE_LAUNCH_MAX_BS:
-        requests_per_entry = GROUP
-    elif bs > ONE_LAUNCH_MAX_BS:  # whole chunks of a block: 1,000,000 requests make 3,907 tiles
-        requests_per_entry = -(-bs // (MAX_ENTRIES * BLOCK_THREADS)) * BLOCK_THREADS
-    num_entries = -(-bs // requests_per_entry)
-
-    grid = max(-(-limit // BLOCK_THREADS), 1)
-    if grid > num_sms:
-        read = max(num_entries if bs > ONE_LAUNCH_MAX_BS else bs, 1)
-        per_sm = max(FEW_REQUESTS // read, limit // (num_sms * ROWS_PER_ENTRY_READ * read), 1)
-        grid = min(grid, num_sms * min(per_sm, BLOCKS_PER_SM))
-
-    quads = aligned and limit >= QUADS_MIN_ROWS
-    suffix = "_quads" if quads else ""
-    launches: tuple[tuple[str, int], ...]
-    if bs <= WARP_MAX_BS:
-        launches = ((f"draft_extend_warp{suffix}", grid),)
-    elif bs <= BLOCK_THREADS and not quads:
-        launches = (("draft_extend_block", grid),)
-    elif bs <= BLOCK_THREADS * MAX_ITEMS:
-        launches = ((f"draft_extend_block4{suffix}", grid),)
-    elif bs <= ONE_LAUNCH_MAX_BS:
-        launches = (("draft_extend_large", grid),)
-    else:
-        launches = (("draft_extend_tiles", num_entries), ("draft_extend_tiled", grid))
-    flags = LINEAR_SEARCH if use_adaptive and bs <= LINEAR_SEARCH_MAX_BS else 0
-    return Geometry(launches, num_entries, requests_per_entry, flags | (QUADS if quads else 0))
-
-
 def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
-    """The geometry of a call."""
-    aligned = (key.expanded_ptr | key.clamped_ptr) & 15 == 0
-    return geometry(key.bs, key.limit, num_sms, aligned, key.use_adaptive)
+    """Kernels and blocks of a call. The host does not know T: the blocks follow the capacity."""
+    bs, limit = key.bs, key.limit
+    grid = (limit + BLOCK_THREADS - 1) // BLOCK_THREADS or 1
+    quads = limit >= QUADS_MIN_ROWS and (key.expanded_ptr | key.clamped_ptr) & 15 == 0
+    flags = QUADS if quads else 0
+    num_entries, requests_per_entry = bs, 1
+    launches: tuple[tuple[str, int], ...]
+    if bs <= ONE_LAUNCH_MAX_BS:
+        if grid > num_sms:
+            read = bs or 1
+            per_sm = max(FEW_REQUESTS // read, limit // (num_sms * ROWS_PER_REQUEST_READ * read), 1)
+            grid = min(grid, num_sms * min(per_sm, BLOCKS_PER_SM))
+        if bs <= WARP_MAX_BS:
+            if bs <= LINEAR_SEARCH_MAX_BS and key.use_adaptive:
+                flags |= LINEAR_SEARCH
+            launches = (("draft_extend_warp_quads" if quads else "draft_extend_warp", grid),)
+        elif bs <= BLOCK_THREADS and not quads:
+            launches = (("draft_extend_block", grid),)
+        elif bs <= BLOCK_THREADS * MAX_ITEMS:
+            launches = (("draft_extend_block4_quads" if quads else "draft_extend_block4", grid),)
+        else:
+            num_entries, requests_per_entry = -(-bs // GROUP), GROUP
+            launches = (("draft_extend_large", grid),)
+    else:  # tiles of whole chunks of a block: 1,000,000 requests make 3,907 of 256
+        requests_per_entry = -(-bs // (MAX_ENTRIES * BLOCK_THREADS)) * BLOCK_THREADS
+        num_entries = -(-bs // requests_per_entry)
+        grid = min(grid, num_sms * BLOCKS_PER_SM)
+        launches = (("draft_extend_tiles", num_entries), ("draft_extend_tiled", grid))
+    return tuple.__new__(Geometry, (launches, num_entries, requests_per_entry, flags))
 
 
 def pack(
@@ -196,19 +185,15 @@ def capture(
 
 def run(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
     """Launch, plainly or by a captured launch of the same key, and wait for the result word."""
-    caches = _graphs.is_enabled() and key.bs <= ONE_LAUNCH_MAX_BS  # above, scratch is per call
-    if caches:
-        cache_key = (stream, key)
-        captured = _graphs.lookup(cache_key)
-        if captured is None and _graphs.should_capture(cache_key):
-            captured = capture(state, key)
-            _graphs.insert(cache_key, captured)
-        if captured is not None:
-            try:
-                return captured.run(stream)
-            except BaseException:
-                _graphs.discard(cache_key)
-                raise
+    captured = None
+    if key.bs <= ONE_LAUNCH_MAX_BS and _env.graph_cache():  # above, scratch is per call
+        captured = _graphs.lookup((stream, key), capture, state, key)
+    if captured is not None:
+        try:
+            return captured.run(stream)
+        except BaseException:
+            _graphs.discard((stream, key))
+            raise
     slot = state.take_slot()
     try:
         enqueue(state, slot, stream, key, reads=True)
@@ -218,6 +203,34 @@ def run(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
         raise
     state.give_slot(slot)
     return word
+
+
+def launch(
+    state: _launch.DeviceState, stream: int, key: DraftExtendKey, out_total: int = 0
+) -> None:
+    """Enqueue; with ``out_total`` by a captured launch where the same one was met before.
+
+    Calls with ``total_tokens`` are launched plainly: their key changes at every step.
+    """
+    captured = None
+    if (
+        out_total
+        and key.bs <= ONE_LAUNCH_MAX_BS
+        and _env.graph_cache()
+        and not state.is_capturing(stream)
+    ):
+        cache_key = (stream, key, out_total)
+        captured = _graphs.lookup(cache_key, capture, state, key, out_total)
+    if captured is not None:
+        try:
+            captured.launch(stream)
+        except BaseException:
+            _graphs.discard((stream, key, out_total))
+            raise
+        return
+    slot = state.take_slot()
+    enqueue(state, slot, stream, key, reads=False, out_total=out_total)
+    state.give_slot(slot)
 
 
 def fill_draft_extend_metadata_cuda(
@@ -291,9 +304,7 @@ def fill_draft_extend_metadata_cuda(
         if state.is_capturing(stream):
             raise capture_error()
     elif not _env.debug_sync() or state.is_capturing(stream):
-        slot = state.take_slot()
-        enqueue(state, slot, stream, key, reads=False)
-        state.give_slot(slot)
+        launch(state, stream, key)
         return key.limit
     word = run(state, stream, key)
     total = word & 0xFFFFFFFF
@@ -330,11 +341,9 @@ def fill_draft_extend_metadata_cuda_async(
     if out_total is None:
         out_total = torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
     else:
-        out_total = _check.out_total(out_total, tensors)
+        out_total = _check.out_total(out_total, tensors, key)
     stream = _launch.current_raw_stream(device)
-    slot = state.take_slot()
-    enqueue(state, slot, stream, key, reads=False, out_total=out_total.data_ptr())
-    state.give_slot(slot)
+    launch(state, stream, key, out_total.data_ptr())
     if _env.debug_sync() and not state.is_capturing(stream):
         raise_for_status(out_total, tensors, key)
     return out_total

@@ -88,7 +88,7 @@ def fill_draft_extend_metadata_python_async(
         total_tokens,
     )
     if out_total is not None:
-        out_total = _check.out_total(out_total, tensors)
+        out_total = _check.out_total(out_total, tensors, key)
     outcome = _enqueue(tensors, key)
     if out_total is not None:
         outcome = out_total.copy_(outcome)

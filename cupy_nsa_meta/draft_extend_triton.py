@@ -234,7 +234,7 @@ def fill_draft_extend_metadata_triton_async(
     if out_total is None:
         out_total = torch.empty(2, dtype=torch.int32, device=tensors[0].device)
     else:
-        out_total = _check.out_total(out_total, tensors)
+        out_total = _check.out_total(out_total, tensors, key)
     if _runs_triton(key):
         _enqueue(tensors, key, out_total)
     else:

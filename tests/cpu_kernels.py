@@ -158,9 +158,7 @@ def _draft_extend_job(case: Case, use_adaptive: bool, counted: bool) -> Job:
         | (case.total_tokens is not None) * _check.TOTAL_IS_GIVEN,
         use_adaptive=use_adaptive,
     )
-    draft_extend.geometry.cache_clear()  # the threshold above is not part of its key
     shape = draft_extend.shape_of(key, NUM_SMS)
-    draft_extend.geometry.cache_clear()
     two_launches = len(shape.launches) > 1
     args = bytearray(draft_extend.ARGS.size)
     draft_extend.pack(

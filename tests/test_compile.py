@@ -13,7 +13,7 @@ nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 if nvrtc.getVersion()[0] == 12:  # NVRTC 13 has dropped Volta
     ARCHITECTURES.insert(0, "sm_70")
-MAX_REGISTERS = 80  # three blocks of 256 threads share the 65,536 registers of a multiprocessor
+MAX_REGISTERS = 96  # two blocks of 256 threads share the 65,536 registers of a multiprocessor
 MAX_STATIC_SHARED = 48 * 1024
 
 

@@ -106,8 +106,8 @@ def test_device_data_that_points_nowhere_writes_nothing():
             "bs_33",
             Patch(
                 "draft_extend.cu",
-                "  __syncthreads();\n  const u32 rows = settle(scan.total, epoch, args);",
-                "  const u32 rows = settle(scan.total, epoch, args);",
+                "  __syncthreads();\n  write_rows<kWithQuads>",
+                "  write_rows<kWithQuads>",
             ),
             "data race",
             id="removed_barrier_before_the_rows",

@@ -323,6 +323,7 @@ def test_a_call_while_another_thread_captures(queued):
 def test_an_interrupted_wait_retires_its_slot(monkeypatch):
     from cupy_nsa_meta import _launch
 
+    monkeypatch.setenv("CUPY_NSA_META_GRAPH_CACHE", "0")
     state = _launch.device_state(0)
     item = BY_NAME["contract"]
     outputs = Outputs(item, DEVICE)
@@ -352,6 +353,7 @@ def test_an_interrupted_wait_retires_its_slot(monkeypatch):
     assert state.words[slot.index] >> _launch.EPOCH_SHIFT == slot.epoch
     monkeypatch.setattr(state, "_next_slot", iter([_launch.NUM_SLOTS] * 3))
     monkeypatch.setattr(state, "_free", type(state._free)())
+    monkeypatch.setattr(state, "_retired", type(state._free)([slot]))
     assert state.take_slot() is slot
     with pytest.raises(RuntimeError, match="result slots"):
         state.take_slot()
