@@ -18,6 +18,10 @@ constexpr u32 kFullWarp = 0xffffffffu;
 constexpr i64 kInt32Max = 0x7fffffff;
 constexpr i64 kInt32Min = -kInt32Max - 1;
 
+// A launch of few rows is as long as its longest chain of instructions, and a jump over code that is
+// not run costs a fetch of instructions: such code is laid out behind the rest.
+__device__ __forceinline__ bool unlikely(bool condition) { return __builtin_expect(condition, 0) != 0; }
+
 static_assert(kBlockThreads % kWarpThreads == 0, "a block is made of whole warps");
 static_assert(kBlockWarps <= kWarpThreads, "one warp scans the warp totals");
 
@@ -121,8 +125,10 @@ constexpr u32 kMarkedOutside = kMarked;
 
 // The total of a warp, or its mark; the same in every lane.
 __device__ __forceinline__ u32 warp_word(u32 total, const Marks& marks) {
-  if (!__any_sync(kFullWarp, marks.bad != 0)) return total;
-  return __any_sync(kFullWarp, marks.signs < 0) ? kMarkedNegative : kMarkedOutside;
+  if (unlikely(__any_sync(kFullWarp, marks.bad != 0))) {
+    return __any_sync(kFullWarp, marks.signs < 0) ? kMarkedNegative : kMarkedOutside;
+  }
+  return total;
 }
 
 // Inclusive sums over the lanes of a warp.
@@ -143,46 +149,56 @@ struct alignas(16) WarpWords {
   u32 words[kBlockWarps];
 };
 
-// What every thread knows after a block-wide scan.
-struct BlockScan {
-  u32 before;                  // sum over the threads before this one
+// The sums of the warps of a block, in the registers of every thread.
+struct BlockSums {
   u32 warp_ends[kBlockWarps];  // inclusive sums over warps; indexed by constants only
   u32 total;                   // over the block, or a mark
+
+  // Sum over the warps before this thread's.
+  __device__ __forceinline__ u32 before_warp() const {
+    u32 before = 0;
+#pragma unroll
+    for (int w = 1; w < kBlockWarps; ++w) {
+      if (w <= static_cast<int>(threadIdx.x) / kWarpThreads) before = warp_ends[w - 1];
+    }
+    return before;
+  }
 };
 
-// `shared` is free on entry. One barrier inside; the caller puts one before the next use of `shared`.
-__device__ __forceinline__ BlockScan block_scan(u32 v, Marks marks, WarpWords& shared) {
-  const int warp = threadIdx.x / kWarpThreads;
-  const int lane = threadIdx.x % kWarpThreads;
-  const u32 inclusive = warp_inclusive_scan(v, marks);
-  const u32 word = warp_word(inclusive, marks);
-  if (lane == kWarpThreads - 1) shared.words[warp] = word;
+// `warp_total` is a total or a mark, the same in every lane. `shared` is free on entry. One barrier
+// inside, which also orders what the threads have written to shared memory before; the caller puts
+// one before the next use of `shared`.
+__device__ __forceinline__ BlockSums block_sums(u32 warp_total, WarpWords& shared) {
+  if (threadIdx.x % kWarpThreads == 0) shared.words[threadIdx.x / kWarpThreads] = warp_total;
   __syncthreads();
-  BlockScan scan;
-  scan.before = inclusive - v;
-  u32 running = 0, all_sums = 0, all_words = 0;
+  BlockSums sums;
+  u32 running = 0, all_sums = 0;
 #pragma unroll
   for (int w = 0; w < kBlockWarps; ++w) {
     const u32 of_warp = shared.words[w];
-    if (w < warp) scan.before += of_warp;
     running += of_warp;
-    all_sums |= running;
-    all_words |= of_warp;
-    scan.warp_ends[w] = running;
+    all_sums |= running | of_warp;
+    sums.warp_ends[w] = running;
   }
-  scan.total = running;
-  if (((all_sums | all_words) & kMarked) != 0) {  // rare: was a length negative?
+  sums.total = running;
+  if (unlikely((all_sums & kMarked) != 0)) {  // was a length negative?
     bool negative = false;
-#pragma unroll
     for (int w = 0; w < kBlockWarps; ++w) negative |= shared.words[w] == kMarkedNegative;
-    scan.total = negative ? kMarkedNegative : kMarkedOutside;
+    sums.total = negative ? kMarkedNegative : kMarkedOutside;
   }
-  return scan;
+  return sums;
 }
 
 // ---- Search -------------------------------------------------------------------------------------
-// First index in [begin, end) whose value is > key, or end. `values` does not decrease.
+// First index in [begin, end) whose value is > key, or end. `values` does not decrease. Gallops from
+// `begin`: quick where the answer is near.
 __device__ __forceinline__ int upper_bound(const u32* values, int begin, int end, u32 key) {
+  int step = 1;
+  while (begin + step <= end && values[begin + step - 1] <= key) {
+    begin += step;
+    step *= 2;
+  }
+  end = min(end, begin + step - 1);
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
     if (values[middle] <= key) {

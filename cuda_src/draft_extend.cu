@@ -42,9 +42,7 @@ constexpr int kOneLaunchMaxBs = 16384;
 constexpr int kLoadBatch = 4;  // groups that a thread of draft_extend_large loads at once
 constexpr int kQuad = 4;       // rows per thread and step in quad mode: one 16-byte store per output
 constexpr int kQuadTileRows = kQuad * kBlockThreads;
-// Quad mode pays where a thread writes several quads, and most of them inside one request; below,
-// one row per thread is quicker.
-constexpr u32 kQuadModeRowsPerBlock = 4 * kQuadTileRows;
+// Quad mode pays where most quads lie inside one request; else one row per thread is quicker.
 constexpr u32 kQuadModeRowsPerRequest = 4 * kQuad;
 
 enum DraftExtendFlags : u32 {
@@ -74,8 +72,8 @@ struct DraftExtendArgs {
   int max_rows;
   int topk;
   u32 flags;
-  u32 epoch;  // of the launch where launch_count is null: 29 bits, not 0
-  u32 padding;
+  u32 epoch;            // of the launch where launch_count is null: 29 bits, not 0
+  u32 tiles_per_block;  // in quad mode; the grid covers max_rows
 };
 static_assert(sizeof(DraftExtendArgs) == 120, "cupy_nsa_meta/draft_extend.py packs 120 bytes");
 static_assert(kMaxEntries * kGroup == kOneLaunchMaxBs, "one launch serves this many requests");
@@ -113,9 +111,11 @@ __device__ __forceinline__ bool is_reporter() { return blockIdx.x == 0 && thread
 // given another one at each launch, so it counts its launches itself; they run one after another.
 __device__ __forceinline__ u32 launch_epoch(const DraftExtendArgs& args) {
   constexpr u32 kMaxEpoch = (1u << 29) - 1;
-  if (args.launch_count == nullptr || !is_reporter()) return args.epoch;
-  const u32 last = *args.launch_count;
-  return last >= kMaxEpoch ? 1 : last + 1;
+  if (unlikely(args.launch_count != nullptr && is_reporter())) {
+    const u32 last = *args.launch_count;
+    return last >= kMaxEpoch ? 1 : last + 1;
+  }
+  return args.epoch;
 }
 
 // One 8-byte word, so that the host never sees half a result:
@@ -136,7 +136,7 @@ __device__ __forceinline__ void report(u32 total, u32 epoch, const DraftExtendAr
 
 // Reports once per grid. Returns the number of rows to write.
 __device__ __forceinline__ u32 settle(u32 total, u32 epoch, const DraftExtendArgs& args) {
-  if (is_reporter()) report(total, epoch, args);
+  if (unlikely(is_reporter())) report(total, epoch, args);
   const u32 max_rows = static_cast<u32>(args.max_rows);
   if (total <= max_rows) return total;
   return total < kMarked && (args.flags & kTotalIsGiven) != 0 ? max_rows : 0;
@@ -162,8 +162,24 @@ __device__ __forceinline__ void store_rows(const DraftExtendArgs& args, u32 row,
 }
 
 __device__ __forceinline__ bool use_quads(const DraftExtendArgs& args, u32 rows) {
-  return (args.flags & kQuads) != 0 && rows / kQuadModeRowsPerBlock >= gridDim.x &&
-         rows / kQuadModeRowsPerRequest >= static_cast<u32>(args.bs);
+  return (args.flags & kQuads) != 0 && rows / kQuadModeRowsPerRequest >= static_cast<u32>(args.bs);
+}
+
+// The rows of a block, [begin, end).
+struct RowRange {
+  u32 begin;
+  u32 end;
+};
+
+__device__ __forceinline__ RowRange row_range(u32 rows, u64 rows_per_block) {
+  const u64 begin = blockIdx.x * rows_per_block;
+  return {static_cast<u32>(min(begin, static_cast<u64>(rows))),
+          static_cast<u32>(min(begin + rows_per_block, static_cast<u64>(rows)))};
+}
+
+// In quad mode: tiles_per_block tiles side by side.
+__device__ __forceinline__ RowRange quad_rows(const DraftExtendArgs& args, u32 rows) {
+  return row_range(rows, static_cast<u64>(args.tiles_per_block) * kQuadTileRows);
 }
 
 struct Found {
@@ -177,34 +193,38 @@ struct Found {
 template <bool kWithQuads, class Find>
 __device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 epoch,
                                            const Find& find) {
-  // The first search does not wait for the status.
-  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
-  Found found = find(row, 0);
-  const u32 rows = settle(total, epoch, args);
-  if (!kWithQuads || !use_quads(args, rows)) {
+  if constexpr (!kWithQuads) {
+    // The first search does not wait for the status.
+    u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
+    const int base = find(row, 0).base;
+    const u32 rows = settle(total, epoch, args);
     if (row >= rows) return;
-    store_row(args, row, found.base);
+    store_row(args, row, base);
     const u32 step = gridDim.x * kBlockThreads;
 #pragma unroll 1
-    for (row += step; row < rows; row += step) store_row(args, row, find(row, found.entry).base);
-    return;
-  }
-  // All blocks write side by side, tile after tile.
-  found = {0, 0, 0};
+    for (row += step; unlikely(row < rows); row += step) store_row(args, row, find(row, 0).base);
+  } else {
+    const u32 rows = settle(total, epoch, args);
+    // One loop for both modes, so that the search is compiled once. A block has rows side by side, so
+    // that its searches stay in a small part of a large batch.
+    const bool quads = use_quads(args, rows);
+    const RowRange range =
+        quads ? quad_rows(args, rows) : row_range(rows, (rows + gridDim.x - 1) / gridDim.x);
+    const u32 at_once = quads ? kQuad : 1;
+    const u32 step = at_once * kBlockThreads;
+    Found found = {0, 0, 0};
 #pragma unroll 1
-  for (u32 tile = blockIdx.x; tile * kQuadTileRows < rows; tile += gridDim.x) {
-    const u32 first_row = tile * kQuadTileRows + threadIdx.x * kQuad;
-    if (first_row >= rows) return;
-    if (first_row >= found.end) found = find(first_row, found.entry);
-    if (first_row + kQuad <= min(found.end, rows)) {
-      store_rows(args, first_row, found.base);
-      continue;
-    }
-    const u32 last_row = min(first_row + kQuad, rows);
+    for (u32 first = range.begin + threadIdx.x * at_once; first < range.end; first += step) {
+      const u32 last = min(first + at_once, range.end);
 #pragma unroll 1
-    for (row = first_row; row < last_row; ++row) {
-      if (row >= found.end) found = find(row, found.entry);
-      store_row(args, row, found.base);
+      for (u32 row = first; row < last; ++row) {
+        if (row >= found.end) found = find(row, found.entry);
+        if (row + kQuad <= min(found.end, last)) {
+          store_rows(args, row, found.base);
+          break;
+        }
+        store_row(args, row, found.base);
+      }
     }
   }
 }
@@ -215,7 +235,7 @@ __device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 tota
 // request hold the total. All lanes take part, those with a row at or past T find anything.
 __device__ __forceinline__ int find_lane(u32 end, u32 row, bool linear) {
   int lane = 0;
-  if (linear) {  // up to 16 requests: shuffles that do not wait for each other
+  if (unlikely(linear)) {  // up to 16 requests: shuffles that do not wait for each other
 #pragma unroll
     for (int other = 0; other < 15; ++other) lane += __shfl_sync(kFullWarp, end, other) <= row ? 1 : 0;
   } else {
@@ -251,30 +271,33 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
     if (row < rows) store_row(args, row, row_base);
     const u32 step = gridDim.x * kBlockThreads;
 #pragma unroll 1
-    for (row += step; row - lane < rows; row += step) {
+    for (row += step; unlikely(row - lane < rows); row += step) {
       row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
       if (row < rows) store_row(args, row, row_base);
     }
     return;
   }
-  u32 found_end = 0;
-  int found_base = 0;
+  if constexpr (kWithQuads) {
+    const RowRange range = quad_rows(args, rows);
+    u32 found_end = 0;
+    int found_base = 0;
 #pragma unroll 1
-  for (u32 tile = blockIdx.x; tile * kQuadTileRows < rows; tile += gridDim.x) {
-    const u32 first_row = tile * kQuadTileRows + threadIdx.x * kQuad;
-    if (__any_sync(kFullWarp, first_row >= found_end)) {
-      const int found = find_lane(end, first_row, linear);
-      found_end = __shfl_sync(kFullWarp, end, found);
-      found_base = __shfl_sync(kFullWarp, base, found);
-    }
-    const bool whole = first_row + kQuad <= min(found_end, rows);
-    if (whole) store_rows(args, first_row, found_base);
-    if (__any_sync(kFullWarp, !whole)) {
+    for (u32 first = range.begin + threadIdx.x * kQuad; first - lane * kQuad < range.end;
+         first += kQuadTileRows) {
+      if (__any_sync(kFullWarp, first >= found_end)) {
+        const int found = find_lane(end, first, linear);
+        found_end = __shfl_sync(kFullWarp, end, found);
+        found_base = __shfl_sync(kFullWarp, base, found);
+      }
+      const bool whole = first + kQuad <= min(found_end, range.end);
+      if (whole) store_rows(args, first, found_base);
+      if (unlikely(__any_sync(kFullWarp, !whole))) {
 #pragma unroll 1
-      for (int k = 0; k < kQuad; ++k) {
-        row = first_row + k;
-        row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
-        if (!whole && row < rows) store_row(args, row, row_base);
+        for (int k = 0; k < kQuad; ++k) {
+          row = first + k;
+          row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+          if (!whole && row < range.end) store_row(args, row, row_base);
+        }
       }
     }
   }
@@ -284,8 +307,8 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
 
 template <int kItems>
 struct BlockPrefix {
-  u32 ends[kBlockThreads * kItems];  // past the batch: T
-  int bases[kBlockThreads * kItems];
+  u32 ends[kBlockThreads * kItems];   // counted from the first row of the request's warp
+  int bases[kBlockThreads * kItems];  // for rows counted so
   WarpWords words;
 };
 
@@ -317,25 +340,34 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
     all_sums |= mine;
   }
   marks.check_sums(all_sums);
-  const BlockScan scan = block_scan(mine, marks, shared.words);
-  u32 end = scan.before;
+  const u32 inclusive = warp_inclusive_scan(mine, marks);
+  u32 end = inclusive - mine;
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     end += static_cast<u32>(extends[k].low);
     shared.ends[first + k] = end;
     shared.bases[first + k] = request_base(seqs[k].low, end);
   }
-  __syncthreads();
-  write_rows<kWithQuads>(args, scan.total, epoch, [&](u32 row, int) -> Found {
+  const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
+  const BlockSums sums = block_sums(warp_word(warp_total, marks), shared.words);
+  write_rows<kWithQuads>(args, sums.total, epoch, [&](u32 row, int) -> Found {
     // The ends of the warps are in registers: they leave the requests of one warp to search.
     int entry = 0;
+    u32 begin = 0;
 #pragma unroll
-    for (int w = 0; w < kBlockWarps - 1; ++w) entry += scan.warp_ends[w] <= row ? kWarpThreads * kItems : 0;
+    for (int w = 0; w < kBlockWarps - 1; ++w) {
+      if (sums.warp_ends[w] <= row) {
+        entry += kWarpThreads * kItems;
+        begin = sums.warp_ends[w];
+      }
+    }
+    const u32 local_row = row - begin;
 #pragma unroll
     for (int step = kWarpThreads * kItems / 2; step > 0; step /= 2) {
-      if (shared.ends[entry + step - 1] <= row) entry += step;
+      if (shared.ends[entry + step - 1] <= local_row) entry += step;
     }
-    return {shared.ends[entry], shared.bases[entry], entry};
+    return {begin + shared.ends[entry], static_cast<int>(static_cast<u32>(shared.bases[entry]) - begin),
+            entry};
   });
 }
 
@@ -419,14 +451,16 @@ __device__ __forceinline__ u32 scan_entries(LargePrefix& shared, int num_entries
     all_sums |= mine;
   }
   marks.check_sums(all_sums);
-  const BlockScan scan = block_scan(mine, marks, shared.words);
-  u32 running = scan.before;
+  const u32 inclusive = warp_inclusive_scan(mine, marks);
+  const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
+  const BlockSums sums = block_sums(warp_word(warp_total, marks), shared.words);
+  u32 running = sums.before_warp() + inclusive - mine;
 #pragma unroll 4
   for (int entry = begin; entry < end; ++entry) {
     running += shared.ends[entry];
     shared.ends[entry] = running;
   }
-  return scan.total;
+  return sums.total;
 }
 
 // The request of a row, among those of the entry that covers it: a group or a tile.
@@ -442,15 +476,22 @@ __device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, co
     idx = upper_bound(args.request_ends, idx, last, row - begin);
     end = begin + args.request_ends[idx];
   } else {
-    Length extends[kGroup];
+    // The KV lengths are loaded beside the extend lengths, before it is known which one is needed.
+    Length extends[kGroup], seqs[kGroup];
     load_four(extend_lengths(args), idx, args.bs, extends);
-    // Ends of the first three; what they do not cover is the fourth's, or the last one's before it.
-    const u32 first = begin + static_cast<u32>(extends[0].low);
-    const u32 second = first + static_cast<u32>(extends[1].low);
-    const u32 third = second + static_cast<u32>(extends[2].low);
-    idx += (first <= row) + (second <= row) + (third <= row);
-    end = row < first ? first : row < second ? second : row < third ? third : shared.ends[entry];
-    idx = min(idx, args.bs - 1);
+    load_four(seq_lengths(args), idx, args.bs, seqs);
+    end = begin;
+    int seq = 0;
+    bool passed = true;  // the row lies behind the requests so far
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      if (passed) {
+        end += static_cast<u32>(extends[k].low);
+        seq = seqs[k].low;
+      }
+      passed = passed && end <= row;
+    }
+    return {end, request_base(seq, end), entry};
   }
   return {end, request_base(seq_lengths(args)[idx].low, end), entry};
 }
@@ -483,13 +524,14 @@ __device__ __forceinline__ void draft_extend_tiles_body(const DraftExtendArgs& a
       extend_len = extend[idx];
       marks.check(extend_len, seq[idx]);
     }
-    const u32 mine = static_cast<u32>(extend_len.low);
-    const BlockScan scan = block_scan(mine, marks, words);
-    if (idx < end) args.request_ends[idx] = before_chunk + scan.before + mine;
-    if (scan.total >= kMarked) {
-      mark = max(mark, scan.total);  // kMarkedNegative is the larger one
+    const u32 inclusive = warp_inclusive_scan(static_cast<u32>(extend_len.low), marks);
+    const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
+    const BlockSums sums = block_sums(warp_word(warp_total, marks), words);
+    if (idx < end) args.request_ends[idx] = before_chunk + sums.before_warp() + inclusive;
+    if (sums.total >= kMarked) {
+      mark = max(mark, sums.total);  // kMarkedNegative is the larger one
     } else {
-      before_chunk += scan.total;
+      before_chunk += sums.total;
       if (before_chunk >= kMarked) mark = max(mark, kMarkedOutside);
       before_chunk &= ~kMarked;  // means nothing any more, but cannot wrap around
     }

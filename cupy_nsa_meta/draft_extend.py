@@ -18,8 +18,8 @@ from ._check import (
 )
 from ._status import draft_extend_error
 
-#: ``struct DraftExtendArgs``: 9 pointers, 2 strides, 5 ints, flags, epoch, padding.
-ARGS = struct.Struct("<9Q2q5i2I4x")
+#: ``struct DraftExtendArgs``: 9 pointers, 2 strides, 5 ints, flags, epoch, tiles per block.
+ARGS = struct.Struct("<9Q2q5i3I")
 assert ARGS.size <= _launch.ARGS_BYTES
 
 BLOCK_THREADS = _launch.BLOCK_THREADS
@@ -30,12 +30,14 @@ GROUP = 4  # kGroup: requests per entry
 ONE_LAUNCH_MAX_BS = 16384  # kOneLaunchMaxBs
 LINEAR_SEARCH_MAX_BS = 16
 #: Capacity from which rows are written in quads; below, a launch is a matter of latency.
-QUADS_MIN_ROWS = 1 << 20
+QUADS_MIN_ROWS = 1 << 20  # short-lived blocks write faster than resident ones: 16 or 64 KB each
+QUAD_TILE_ROWS = 4 * BLOCK_THREADS  # kQuadTileRows
+QUAD_ROWS_PER_REQUEST = 16  # kQuadModeRowsPerRequest
+LARGE_BLOCKS_PER_SM = 2
 BLOCKS_PER_SM = 8  # 2,048 threads
-#: Every block reads the whole batch. More blocks than multiprocessors read a batch of few requests,
-#: or write this many rows for every request that they read.
-ROWS_PER_REQUEST_READ = 8
-FEW_REQUESTS = 1024
+FEW_REQUESTS = (
+    1024  # every block reads the whole batch: more than one per multiprocessor below this
+)
 
 # Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
@@ -49,38 +51,55 @@ class Geometry(NamedTuple):
     num_entries: int
     requests_per_entry: int
     flags: int  # LINEAR_SEARCH | QUADS
+    tiles_per_block: int  # in quad mode, else 0
 
 
 def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
     """Kernels and blocks of a call. The host does not know T: the blocks follow the capacity."""
     bs, limit = key.bs, key.limit
     grid = (limit + BLOCK_THREADS - 1) // BLOCK_THREADS or 1
-    quads = limit >= QUADS_MIN_ROWS and (key.expanded_ptr | key.clamped_ptr) & 15 == 0
-    flags = QUADS if quads else 0
+    flags = tiles_per_block = 0
     num_entries, requests_per_entry = bs, 1
     launches: tuple[tuple[str, int], ...]
-    if bs <= ONE_LAUNCH_MAX_BS:
-        if grid > num_sms:
-            read = bs or 1
-            per_sm = max(FEW_REQUESTS // read, limit // (num_sms * ROWS_PER_REQUEST_READ * read), 1)
-            grid = min(grid, num_sms * min(per_sm, BLOCKS_PER_SM))
+    if (
+        limit >= QUADS_MIN_ROWS
+        and limit >= QUAD_ROWS_PER_REQUEST * bs
+        and (key.expanded_ptr | key.clamped_ptr) & 15 == 0
+    ):
+        flags = QUADS
+        tiles = -(-limit // QUAD_TILE_ROWS)
         if bs <= WARP_MAX_BS:
-            if bs <= LINEAR_SEARCH_MAX_BS and key.use_adaptive:
-                flags |= LINEAR_SEARCH
-            launches = (("draft_extend_warp_quads" if quads else "draft_extend_warp", grid),)
-        elif bs <= BLOCK_THREADS and not quads:
-            launches = (("draft_extend_block", grid),)
-        elif bs <= BLOCK_THREADS * MAX_ITEMS:
-            launches = (("draft_extend_block4_quads" if quads else "draft_extend_block4", grid),)
-        else:
-            num_entries, requests_per_entry = -(-bs // GROUP), GROUP
-            launches = (("draft_extend_large", grid),)
+            tiles_per_block = 2
+        elif bs <= BLOCK_THREADS * MAX_ITEMS or bs > ONE_LAUNCH_MAX_BS:
+            tiles_per_block = 8
+        else:  # a block reads up to 200 KB of lengths before it writes
+            tiles_per_block = max(8, -(-tiles // (num_sms * LARGE_BLOCKS_PER_SM)))
+        grid = -(-tiles // tiles_per_block)
+    elif grid > num_sms:
+        per_sm = FEW_REQUESTS // bs if 0 < bs <= FEW_REQUESTS else 1
+        if bs > ONE_LAUNCH_MAX_BS:
+            per_sm = BLOCKS_PER_SM  # they read the totals of tiles only
+        grid = min(grid, num_sms * min(per_sm, BLOCKS_PER_SM))
+    if bs <= WARP_MAX_BS:
+        if bs <= LINEAR_SEARCH_MAX_BS and key.use_adaptive:
+            flags |= LINEAR_SEARCH
+        launches = (("draft_extend_warp_quads" if tiles_per_block else "draft_extend_warp", grid),)
+    elif bs <= BLOCK_THREADS and not tiles_per_block:
+        launches = (("draft_extend_block", grid),)
+    elif bs <= BLOCK_THREADS * MAX_ITEMS:
+        launches = (
+            ("draft_extend_block4_quads" if tiles_per_block else "draft_extend_block4", grid),
+        )
+    elif bs <= ONE_LAUNCH_MAX_BS:
+        num_entries, requests_per_entry = -(-bs // GROUP), GROUP
+        launches = (("draft_extend_large", grid),)
     else:  # tiles of whole chunks of a block: 1,000,000 requests make 3,907 of 256
         requests_per_entry = -(-bs // (MAX_ENTRIES * BLOCK_THREADS)) * BLOCK_THREADS
         num_entries = -(-bs // requests_per_entry)
-        grid = min(grid, num_sms * BLOCKS_PER_SM)
         launches = (("draft_extend_tiles", num_entries), ("draft_extend_tiled", grid))
-    return tuple.__new__(Geometry, (launches, num_entries, requests_per_entry, flags))
+    return tuple.__new__(
+        Geometry, (launches, num_entries, requests_per_entry, flags, tiles_per_block)
+    )
 
 
 def pack(
@@ -109,7 +128,7 @@ def pack(
         flags,
         _,
     ) = key
-    _, num_entries, requests_per_entry, shape_flags = shape
+    _, num_entries, requests_per_entry, shape_flags, tiles_per_block = shape
     ARGS.pack_into(
         buffer,
         0,
@@ -131,6 +150,7 @@ def pack(
         topk,
         flags | shape_flags,
         epoch,
+        tiles_per_block,
     )
 
 

@@ -104,6 +104,8 @@ def test_the_constants_of_host_and_device_agree():
         "kBlockThreads": draft_extend.BLOCK_THREADS,
         "kWarpMaxBs": draft_extend.WARP_MAX_BS,
         "kMaxItems": draft_extend.MAX_ITEMS,
+        "kQuadTileRows": "kQuad * kBlockThreads",
+        "kQuadModeRowsPerRequest": "4 * kQuad",
         "kQuads": draft_extend.QUADS,
         "kMaxEntries": draft_extend.MAX_ENTRIES,
         "kGroup": draft_extend.GROUP,
@@ -113,5 +115,5 @@ def test_the_constants_of_host_and_device_agree():
         "kLinearSearch": draft_extend.LINEAR_SEARCH,
         "kTotalIsGiven": _check.TOTAL_IS_GIVEN,
     }.items():
-        assert re.search(rf"\b{device_name} = {value}\b", text), device_name
+        assert re.search(rf"\b{device_name} = {re.escape(str(value))}[,;]", text), device_name
     assert f"sizeof(DraftExtendArgs) == {draft_extend.ARGS.size}," in text

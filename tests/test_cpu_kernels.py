@@ -104,13 +104,9 @@ def test_device_data_that_points_nowhere_writes_nothing():
         pytest.param(
             "thread",
             "bs_33",
-            Patch(
-                "draft_extend.cu",
-                "  __syncthreads();\n  write_rows<kWithQuads>",
-                "  write_rows<kWithQuads>",
-            ),
+            Patch("common.cuh", "  __syncthreads();\n  BlockSums sums;", "  BlockSums sums;"),
             "data race",
-            id="removed_barrier_before_the_rows",
+            id="removed_barrier_of_the_block_sums",
         ),
         pytest.param(
             "thread",
@@ -128,7 +124,7 @@ def test_device_data_that_points_nowhere_writes_nothing():
             "quads_exact",
             Patch(
                 "draft_extend.cu",
-                "if (!whole && row < rows) store_row",
+                "if (!whole && row < range.end) store_row",
                 "if (!whole) store_row",
             ),
             "heap-buffer-overflow",
@@ -154,8 +150,8 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
     [
         pytest.param(
             "bs_128",
-            Patch("common.cuh", "if (w < warp) scan.before", "if (w <= warp) scan.before"),
-            id="scan_shifted_by_a_warp",
+            Patch("draft_extend.cu", "if (sums.warp_ends[w] <= row) {", "if (sums.warp_ends[w] < row) {"),
+            id="search_one_row_late",
         ),
         pytest.param(
             "padding_rows",
