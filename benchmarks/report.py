@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -14,10 +15,33 @@ from typing import Any
 
 import torch
 
+from cupy_nsa_meta import _module
+
+from . import build
+from .measure import (
+    BANDWIDTH,
+    END_TO_END,
+    FIRST_CALL,
+    GPU,
+    HOST,
+    Results,
+    describe,
+)
 from .replay import Replay, Result
 from .workload import Summary
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMIT_VARIABLE = "BENCH_COMMIT"
+
+#: metric -> the provider that bounds it from below, and the unit
+FLOORS = {END_TO_END: "floor-graph", HOST: "floor-graph", GPU: "floor-empty", BANDWIDTH: "fill"}
+TITLES = {
+    END_TO_END: "end-to-end, total returned, us",
+    HOST: "enqueue, us",
+    GPU: "GPU time, us",
+    FIRST_CALL: "first call, s",
+    BANDWIDTH: "bandwidth, GB/s",
+}
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
@@ -29,6 +53,8 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cupy": _version("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+        "nvrtc": _module.versions()["nvrtc_version"] if on_gpu else None,
+        "nvcc": build.nvcc_version(),
         "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": _commit(),
@@ -52,8 +78,8 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    if not (ROOT / ".git").exists():
-        return None
+    if not (ROOT / ".git").exists():  # a copy without history: whoever made it may know
+        return os.environ.get(COMMIT_VARIABLE)
     git = ("git", "--no-optional-locks", "-C", str(ROOT))
     return _output((*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")) or None
 
@@ -83,7 +109,7 @@ def document(
         "environment": environment,
         "workload": workload,
         "backends": [_row(result) for result in replay.results],
-        "absent": [{"backend": name, "reason": reason} for name, reason in absent.items()],
+        "absent": absent,
         "mismatches": replay.mismatches,
         "stopped": replay.stopped,
     }
@@ -112,7 +138,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 def table(results: Sequence[Result]) -> str:
     """One line per backend; MISMATCH in place of the times of a backend with a wrong result."""
     header = ("backend", "steps", "requests", "rows", "us/step", "p20", "p80", "mismatches")
-    lines = [header]
+    lines: list[tuple[str, ...]] = [header]
     for result in results:
         times = result.percentiles_us()
         if times is not None:
@@ -126,9 +152,14 @@ def table(results: Sequence[Result]) -> str:
                 *(f"{count:,}" for count in counts),
                 *cells,
                 f"{result.mismatches:,}",
-            )  # type: ignore[arg-type]
+            )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Columns under each other: the first to the left, the others to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if column else cell.ljust(width)
@@ -136,3 +167,101 @@ def table(results: Sequence[Result]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+# ---- Suites -------------------------------------------------------------------------------------
+
+Row = dict[str, Any]
+
+
+def suites_document(
+    environment: dict[str, Any], results: Results, replay: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that ``--json`` writes of a run of suites; ``replay`` is ``document`` of one."""
+    absent = results.really_absent()
+    replayed = dict(replay or {})
+    for name, reason in replayed.pop("absent", {}).items():
+        absent.setdefault(name, reason)
+    replayed.pop("environment", None)
+    return {
+        "environment": environment,
+        "rows": results.rows,
+        "absent": absent,
+        "launch_cache": results.launch_cache,
+        "notes": results.notes,
+        **results.extra,
+        **replayed,
+        "mismatches": results.mismatches + replayed.get("mismatches", 0),
+        "first_mismatches": results.first_mismatches,
+        "stopped": results.stopped or replayed.get("stopped"),
+    }
+
+
+def floor_of(rows: Sequence[Row], metric: str, labels: dict[str, Any] | None = None) -> Row | None:
+    """The floor's row for a metric; that of fill is the one of the same case."""
+    provider = FLOORS.get(metric)
+    for row in rows:
+        if row["provider"] == provider and row["metric"] == metric:
+            if metric == BANDWIDTH and row["case"] != labels:
+                continue
+            return row
+    return None
+
+
+def suite_tables(rows: Sequence[Row], suite: str) -> str:
+    """A table per metric of a suite: floor and ratio in columns of their own."""
+    own = [row for row in rows if row["suite"] == suite]
+    tables = []
+    for metric in TITLES:
+        measured = [row for row in own if row["metric"] == metric]
+        if measured:
+            tables.append(f"{suite}: {TITLES[metric]}\n{_metric_table(rows, measured, metric)}")
+    return "\n\n".join(tables)
+
+
+def _metric_table(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> str:
+    lines: list[Sequence[str]] = [("case", "provider", "median", "p20", "p80", "floor", "x floor")]
+    for row in measured:
+        floor = floor_of(rows, metric, row["case"])
+        compared = floor is not None and floor is not row
+        lines.append(
+            (
+                describe(row["case"]),
+                row["provider"],
+                *(number(row[name]) for name in ("median", "p20", "p80")),
+                number(floor["median"]) if floor is not None else "-",
+                f"{row['median'] / floor['median']:.2f}" if floor is not None and compared else "-",
+            )
+        )
+    return align(lines)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits or more, thousands separated."""
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def remarks(document: dict[str, Any]) -> str:
+    """What a run left out, found wrong, and how often the launch cache was hit."""
+    lines = [f"{name}: absent: {reason}" for name, reason in document["absent"].items()]
+    lines += document["notes"]
+    for part in document["launch_cache"]:
+        if part["suite"] == "seed" and part["hit_rate"] is not None:
+            counts = ", ".join(
+                f"{part[n]:,} {n}" for n in ("hits", "misses", "captures") if n in part
+            )
+            lines.append(
+                f"launch cache, {describe(part['case'])}, {part['provider']} {part['metric']}: "
+                f"hit rate {part['hit_rate']:.1%} ({counts})"
+            )
+    lines += [
+        f"{name}: MISMATCH, first in {what}" for name, what in document["first_mismatches"].items()
+    ]
+    if document["stopped"] is not None:
+        lines.append(f"stopped: {document['stopped']}")
+    return "\n".join(lines)

@@ -190,15 +190,17 @@ __device__ __forceinline__ BlockSums block_sums(u32 warp_total, WarpWords& share
 }
 
 // ---- Search -------------------------------------------------------------------------------------
-// First index in [begin, end) whose value is > key, or end. `values` does not decrease. Gallops from
-// `begin`: quick where the answer is near.
+// First index in [begin, end) whose value is > key, or end. `values` does not decrease. A begin
+// other than 0 is near the answer: the search gallops from there.
 __device__ __forceinline__ int upper_bound(const u32* values, int begin, int end, u32 key) {
-  int step = 1;
-  while (begin + step <= end && values[begin + step - 1] <= key) {
-    begin += step;
-    step *= 2;
+  if (begin != 0) {
+    int step = 1;
+    while (begin + step <= end && values[begin + step - 1] <= key) {
+      begin += step;
+      step *= 2;
+    }
+    end = min(end, begin + step - 1);
   }
-  end = min(end, begin + step - 1);
   while (begin < end) {
     const int middle = begin + (end - begin) / 2;
     if (values[middle] <= key) {

@@ -473,7 +473,7 @@ __device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, co
   u32 end;
   if constexpr (kTiled) {
     const int last = min(idx + args.requests_per_entry, args.bs) - 1;
-    idx = upper_bound(args.request_ends, idx, last, row - begin);
+    idx += upper_bound(args.request_ends + idx, 0, last - idx, row - begin);
     end = begin + args.request_ends[idx];
   } else {
     // The KV lengths are loaded beside the extend lengths, before it is known which one is needed.

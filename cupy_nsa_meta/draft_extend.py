@@ -30,7 +30,7 @@ GROUP = 4  # kGroup: requests per entry
 ONE_LAUNCH_MAX_BS = 16384  # kOneLaunchMaxBs
 LINEAR_SEARCH_MAX_BS = 16
 #: Capacity from which rows are written in quads; below, a launch is a matter of latency.
-QUADS_MIN_ROWS = 1 << 20  # short-lived blocks write faster than resident ones: 16 or 64 KB each
+QUADS_MIN_ROWS = 1 << 20  # short-lived blocks write faster than resident ones: 16 or 128 KB each
 QUAD_TILE_ROWS = 4 * BLOCK_THREADS  # kQuadTileRows
 QUAD_ROWS_PER_REQUEST = 16  # kQuadModeRowsPerRequest
 LARGE_BLOCKS_PER_SM = 2
@@ -71,9 +71,9 @@ def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
         if bs <= WARP_MAX_BS:
             tiles_per_block = 2
         elif bs <= BLOCK_THREADS * MAX_ITEMS or bs > ONE_LAUNCH_MAX_BS:
-            tiles_per_block = 8
+            tiles_per_block = 16
         else:  # a block reads up to 200 KB of lengths before it writes
-            tiles_per_block = max(8, -(-tiles // (num_sms * LARGE_BLOCKS_PER_SM)))
+            tiles_per_block = max(16, -(-tiles // (num_sms * LARGE_BLOCKS_PER_SM)))
         grid = -(-tiles // tiles_per_block)
     elif grid > num_sms:
         per_sm = FEW_REQUESTS // bs if 0 < bs <= FEW_REQUESTS else 1

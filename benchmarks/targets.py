@@ -1,0 +1,256 @@
+"""The targets as ratios inside one stored run: ``python -m benchmarks.targets FILE.json``.
+
+Exit status: 0; 1 a target is missed or was not measured; 2 bad input.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from . import BenchError
+from .measure import BANDWIDTH, END_TO_END, FIRST_CALL, GPU, HOST
+from .report import align, number
+from .stored import Document, read_document
+
+Row = dict[str, Any]
+
+LATER_CALL_S = 0.05  # a compilation takes longer, loading a kernel's code does not
+LARGE_ROWS = 1 << 26
+STEP_LIMIT = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One line: what, the bound on it, what was measured (None: nothing)."""
+
+    what: str
+    limit: float
+    measured: float | None
+    at_most: bool = True
+    detail: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        if self.at_most:
+            return self.measured <= self.limit
+        return self.measured >= self.limit
+
+
+def targets(document: Document) -> list[Outcome]:
+    """All targets, measured or not."""
+    rows: list[Row] = document["rows"]
+
+    def median(provider: str, metric: str) -> float | None:
+        return _median(rows, provider, metric, bs=32)
+
+    def ratio(
+        what: str, over: tuple[str, str], under: tuple[str, str], limit: float, at_most: bool = True
+    ) -> Outcome:
+        top, bottom = median(*over), median(*under)
+        measured = top / bottom if top is not None and bottom else None
+        detail = f"{number(top)} / {number(bottom)} us" if measured is not None else ""
+        return Outcome(what, limit, measured, at_most, detail)
+
+    graph, launch = ("floor-graph", END_TO_END), ("floor-launch", END_TO_END)
+    drop_in = ("cuda", END_TO_END)
+    outcomes = [
+        ratio("plan.run() / floor-graph", ("cuda-plan", END_TO_END), graph, 1.15),
+        ratio("plan.launch() / floor-graph enqueue", ("cuda-plan", HOST), (graph[0], HOST), 1.4),
+        ratio("drop-in, buffers met before / floor-graph", drop_in, graph, 1.7),
+        ratio("seed-triton / drop-in", ("seed-triton", END_TO_END), drop_in, 10, at_most=False),
+        ratio("seed-cuda / drop-in", ("seed-cuda", END_TO_END), drop_in, 7, at_most=False),
+        ratio("python / drop-in", ("python", END_TO_END), drop_in, 50, at_most=False),
+        ratio("drop-in, fresh buffers / floor-launch", ("cuda-fresh", END_TO_END), launch, 1.6),
+        ratio(
+            "drop-in, total_tokens= / floor-launch enqueue",
+            ("cuda-total-tokens", HOST),
+            (launch[0], HOST),
+            2.0,
+        ),
+        ratio("async / floor-launch enqueue", ("cuda-async", HOST), (launch[0], HOST), 2.0),
+    ]
+    outcomes += _gpu_times(rows)
+    outcomes += _bandwidths(rows)
+    outcomes += _cold(document)
+    outcomes += _growth(rows)
+    return outcomes
+
+
+def _median(
+    rows: Iterable[Row], provider: str, metric: str, suites: Sequence[str] = (), **labels: Any
+) -> float | None:
+    for row in rows:
+        if (
+            row["provider"] == provider
+            and row["metric"] == metric
+            and (row["suite"] in suites or (not suites and row["suite"] in ("seed", "floor")))
+            and all(row["case"].get(name) == value for name, value in labels.items())
+        ):
+            return float(row["median"])
+    return None
+
+
+def _gpu_times(rows: Sequence[Row]) -> list[Outcome]:
+    empty = _median(rows, "floor-empty", GPU)
+    outcomes = []
+    for factor in (1, 16):
+        for text, inside, limit in (
+            ("bs 1 - 256", lambda bs: bs <= 256, 3.0),
+            ("bs 1024", lambda bs: bs == 1024, 4.0),
+            ("bs 16384", lambda bs: bs == 16384, 12.0),
+        ):
+            points = series(rows, "growth-bs", "cuda", "bs", capacity_factor=factor)
+            chosen = {bs: us for bs, us in points if inside(bs)}
+            capacity = "T" if factor == 1 else f"{factor} T"
+            what = f"GPU time / empty node, {text}, capacity {capacity}"
+            if not chosen or not empty:
+                outcomes.append(Outcome(what, limit, None))
+                continue
+            worst = max(chosen, key=lambda bs: chosen[bs])
+            detail = f"{number(chosen[worst])} / {number(empty)} us at bs {worst}"
+            outcomes.append(Outcome(what, limit, chosen[worst] / empty, detail=detail))
+    return outcomes
+
+
+def _bandwidths(rows: Sequence[Row]) -> list[Outcome]:
+    outcomes = []
+    for bs in (1, 1024):
+        ours, fill = (
+            dict(series(rows, "growth-t", provider, "rows", BANDWIDTH, bs=bs))
+            for provider in ("cuda", "fill")
+        )
+        ratios = {n: ours[n] / fill[n] for n in ours if n >= LARGE_ROWS and fill.get(n)}
+        what = f"bandwidth / torch fill, >= 64M rows, bs {bs}"
+        worst = min(ratios, key=lambda n: ratios[n], default=None)
+        if worst is None:
+            outcomes.append(Outcome(what, 0.97, None, at_most=False))
+            continue
+        detail = f"{number(ours[worst])} / {number(fill[worst])} GB/s at {worst:,} rows"
+        outcomes.append(Outcome(what, 0.97, ratios[worst], at_most=False, detail=detail))
+    return outcomes
+
+
+def _cold(document: Document) -> list[Outcome]:
+    rows: list[Row] = document["rows"]
+    outcomes = [
+        Outcome(
+            f"first call, {cache} kernel cache, s",
+            limit,
+            _median(rows, "cuda", FIRST_CALL, ("cold",), cache=cache, call="first"),
+        )
+        for cache, limit in (("empty", 0.8), ("warm", 0.3))
+    ]
+    later = [
+        row
+        for row in rows
+        if (row["suite"], row["provider"], row["case"].get("call")) == ("cold", "cuda", "later")
+    ]
+    slowest = max(later, key=lambda row: float(row["median"]), default=None)
+    outcomes.append(
+        Outcome(
+            "slowest first call at a later size, s",
+            LATER_CALL_S,
+            None if slowest is None else float(slowest["median"]),
+            detail="" if slowest is None else f"bs {slowest['case']['bs']}",
+        )
+    )
+    compiled = [
+        part["files_compiled_later"]
+        for part in document.get("cold", [])
+        if part["provider"] == "cuda"
+    ]
+    outcomes.append(
+        Outcome("kernels compiled after the first call", 0, sum(compiled) if compiled else None)
+    )
+    return outcomes
+
+
+def _growth(rows: Sequence[Row]) -> list[Outcome]:
+    outcomes = []
+    for what, points in (
+        (
+            "growth in bs, capacity T",
+            series(rows, "growth-bs", "cuda", "bs", capacity_factor=1),
+        ),
+        (
+            "growth in bs, capacity 16 T",
+            series(rows, "growth-bs", "cuda", "bs", capacity_factor=16),
+        ),
+        ("growth in T, bs 1", series(rows, "growth-t", "cuda", "rows", bs=1)),
+        ("growth in T, bs 1024", series(rows, "growth-t", "cuda", "rows", bs=1024)),
+    ):
+        worst, where = largest_step(points)
+        detail = "" if where is None else f"at {where[0]:,} -> {where[1]:,}"
+        outcomes.append(Outcome(f"{what}: step / trend", STEP_LIMIT, worst, detail=detail))
+    return outcomes
+
+
+def largest_step(
+    points: Sequence[tuple[int, float]],
+) -> tuple[float | None, tuple[int, int] | None]:
+    """The largest step of a curve over what the steps beside it lead to expect.
+
+    Slopes are those of the logarithms, kept to [0, 1]: constant to proportional. A step is expected
+    to follow the steeper of its neighbours.
+    """
+    points = sorted(points)
+    if len(points) < 3:
+        return None, None
+    widths = [math.log(b[0] / a[0]) for a, b in pairwise(points)]
+    steps = [math.log(b[1] / a[1]) for a, b in pairwise(points)]
+    slopes = [min(max(step / width, 0.0), 1.0) for step, width in zip(steps, widths, strict=True)]
+    worst, where = -math.inf, None
+    for idx, (step, width) in enumerate(zip(steps, widths, strict=True)):
+        beside = slopes[max(idx - 1, 0) : idx] + slopes[idx + 1 : idx + 2]
+        over = math.exp(step - max(beside) * width)
+        if over > worst:
+            worst, where = over, (points[idx][0], points[idx + 1][0])
+    return worst, where
+
+
+def series(
+    rows: Iterable[Row], suite: str, provider: str, axis: str, metric: str = GPU, **labels: Any
+) -> list[tuple[int, float]]:
+    """(axis value, median) of a provider's rows with these labels."""
+    return sorted(
+        (row["case"][axis], float(row["median"]))
+        for row in rows
+        if (row["suite"], row["provider"], row["metric"]) == (suite, provider, metric)
+        and all(row["case"].get(name) == value for name, value in labels.items())
+    )
+
+
+def text(outcomes: Sequence[Outcome]) -> str:
+    """A plain table: target, measured, met."""
+    lines: list[Sequence[str]] = [("target", "limit", "measured", "met?", "from")]
+    for outcome in outcomes:
+        measured = "-" if outcome.measured is None else f"{outcome.measured:.4g}"
+        met = {True: "yes", False: "NO", None: "not measured"}[outcome.met]
+        limit = f"{'<=' if outcome.at_most else '>='} {outcome.limit:g}"
+        lines.append((outcome.what, limit, measured, met, outcome.detail))
+    return align(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if len(argv) != 1 or argv[0].startswith("-"):
+            raise BenchError("expected one file: python -m benchmarks.targets FILE.json")
+        outcomes = targets(read_document(Path(argv[0])))
+    except BenchError as error:
+        print(f"targets: error: {error}", file=sys.stderr)
+        return 2
+    print(text(outcomes))
+    return 0 if all(outcome.met for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
