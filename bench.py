@@ -49,7 +49,7 @@ BACKENDS = ("cuda", "triton", "python", "reference", "all")
 PROVIDERS = (  # benchmarks/providers.py, which imports torch
     *("cuda-plan", "cuda", "cuda-fresh", "cuda-uncached", "cuda-total-tokens", "cuda-async"),
     *("triton", "python", "torch", "torch-compile", "aot-extension", "sglang"),
-    *("seed-triton", "seed-cuda", "fill", "floor"),
+    *("seed-triton", "seed-cuda", "fill", "empty-node", "floor"),
 )
 PATH_OPTIONS = ("--trace", "--json", "--plot")
 

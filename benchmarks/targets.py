@@ -99,24 +99,31 @@ def _median(
 
 
 def _gpu_times(rows: Sequence[Row]) -> list[Outcome]:
-    empty = _median(rows, "floor-empty", GPU)
+    floor = _median(rows, "floor-empty", GPU) or 0.0
     outcomes = []
     for factor in (1, 16):
-        for text, inside, limit in (
-            ("bs 1 - 256", lambda bs: bs <= 256, 3.0),
-            ("bs 1024", lambda bs: bs == 1024, 4.0),
-            ("bs 16384", lambda bs: bs == 16384, 12.0),
+        ours, empty_nodes = (
+            dict(series(rows, "growth-bs", provider, "bs", capacity_factor=factor))
+            for provider in ("cuda", "empty-node")
+        )
+        capacity = "T" if factor == 1 else f"{factor} T"
+        for where, bounds in (
+            ("empty node", dict.fromkeys(ours, floor)),
+            ("empty node beside it", empty_nodes),
         ):
-            points = series(rows, "growth-bs", "cuda", "bs", capacity_factor=factor)
-            chosen = {bs: us for bs, us in points if inside(bs)}
-            capacity = "T" if factor == 1 else f"{factor} T"
-            what = f"GPU time / empty node, {text}, capacity {capacity}"
-            if not chosen or not empty:
-                outcomes.append(Outcome(what, limit, None))
-                continue
-            worst = max(chosen, key=lambda bs: chosen[bs])
-            detail = f"{number(chosen[worst])} / {number(empty)} us at bs {worst}"
-            outcomes.append(Outcome(what, limit, chosen[worst] / empty, detail=detail))
+            for text, inside, limit in (
+                ("bs 1 - 256", lambda bs: bs <= 256, 3.0),
+                ("bs 1024", lambda bs: bs == 1024, 4.0),
+                ("bs 16384", lambda bs: bs == 16384, 12.0),
+            ):
+                what = f"GPU time / {where}, {text}, capacity {capacity}"
+                ratios = {bs: ours[bs] / bounds[bs] for bs in ours if inside(bs) and bounds.get(bs)}
+                if not ratios:
+                    outcomes.append(Outcome(what, limit, None))
+                    continue
+                worst = max(ratios, key=lambda bs: ratios[bs])
+                detail = f"{number(ours[worst])} / {number(bounds[worst])} us at bs {worst}"
+                outcomes.append(Outcome(what, limit, ratios[worst], detail=detail))
     return outcomes
 
 

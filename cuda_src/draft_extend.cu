@@ -39,8 +39,7 @@ constexpr int kMaxItems = 4;       // requests per thread of draft_extend_block4
 constexpr int kMaxEntries = 4096;  // sums held in shared memory by draft_extend_large and _tiled
 constexpr int kGroup = 4;          // requests per entry of draft_extend_large
 constexpr int kOneLaunchMaxBs = 16384;
-constexpr int kLoadBatch = 4;  // groups that a thread of draft_extend_large loads at once
-constexpr int kQuad = 4;       // rows per thread and step in quad mode: one 16-byte store per output
+constexpr int kQuad = 4;  // rows per thread and step in quad mode: one 16-byte store per output
 constexpr int kQuadTileRows = kQuad * kBlockThreads;
 // Quad mode pays where most quads lie inside one request; else one row per thread is quicker.
 constexpr u32 kQuadModeRowsPerRequest = 4 * kQuad;
@@ -392,36 +391,44 @@ __device__ __forceinline__ u32 group_sum(const Length (&extends)[kGroup], const 
   return sum;
 }
 
+// kBatch whole groups per thread and step, all of their loads in flight together.
+template <int kBatch>
+__device__ __forceinline__ void load_group_batches(const Lengths& extend, const Lengths& seq, int num_whole,
+                                                   int& group, u32* sums, Marks& marks) {
+  Length extends[kGroup], seqs[kGroup];
+#pragma unroll 1
+  for (; group + (kBatch - 1) * kBlockThreads < num_whole; group += kBatch * kBlockThreads) {
+    LengthQuad extend_quads[kBatch], seq_quads[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      seq_quads[k].load(seq, (group + k * kBlockThreads) * kGroup);
+      extend_quads[k].load(extend, (group + k * kBlockThreads) * kGroup);
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      extend_quads[k].decode(extend.is_int64, extends);
+      seq_quads[k].decode(seq.is_int64, seqs);
+      sums[group + k * kBlockThreads] = group_sum(extends, seqs, marks);
+    }
+  }
+}
+
 // Loads every request, four per thread and step, and puts the sums of the groups in shared.ends.
 __device__ __forceinline__ Marks load_groups(const DraftExtendArgs& args, LargePrefix& shared) {
   const Lengths extend = extend_lengths(args);
   const Lengths seq = seq_lengths(args);
-  const int bs = args.bs;
   Marks marks;
-  Length extends[kGroup], seqs[kGroup];
   int group = threadIdx.x;
-  if (extend.has_quads() && seq.has_quads()) {  // whole groups, kLoadBatch of them in flight
-    const int whole = bs / kGroup;
-#pragma unroll 1
-    for (; group + (kLoadBatch - 1) * kBlockThreads < whole; group += kLoadBatch * kBlockThreads) {
-      LengthQuad extend_quads[kLoadBatch], seq_quads[kLoadBatch];
-#pragma unroll
-      for (int k = 0; k < kLoadBatch; ++k) {
-        seq_quads[k].load(seq, (group + k * kBlockThreads) * kGroup);
-        extend_quads[k].load(extend, (group + k * kBlockThreads) * kGroup);
-      }
-#pragma unroll
-      for (int k = 0; k < kLoadBatch; ++k) {
-        extend_quads[k].decode(extend.is_int64, extends);
-        seq_quads[k].decode(seq.is_int64, seqs);
-        shared.ends[group + k * kBlockThreads] = group_sum(extends, seqs, marks);
-      }
-    }
+  if (extend.has_quads() && seq.has_quads()) {
+    const int num_whole = args.bs / kGroup;
+    load_group_batches<8>(extend, seq, num_whole, group, shared.ends, marks);
+    load_group_batches<2>(extend, seq, num_whole, group, shared.ends, marks);
   }
 #pragma unroll 1
-  for (; group * kGroup < bs; group += kBlockThreads) {
-    load_four(seq, group * kGroup, bs, seqs);
-    load_four(extend, group * kGroup, bs, extends);
+  for (; group * kGroup < args.bs; group += kBlockThreads) {
+    Length extends[kGroup], seqs[kGroup];
+    load_four(seq, group * kGroup, args.bs, seqs);
+    load_four(extend, group * kGroup, args.bs, extends);
     shared.ends[group] = group_sum(extends, seqs, marks);
   }
   return marks;
@@ -542,19 +549,20 @@ __device__ __forceinline__ void draft_extend_tiles_body(const DraftExtendArgs& a
 
 }  // namespace nsa
 
-#define NSA_KERNEL(name, ...)                                         \
-  extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, 2) \
-      name(const nsa::DraftExtendArgs args) {                         \
-    nsa::__VA_ARGS__(args);                                           \
+#define NSA_KERNEL(name, blocks_per_sm, ...)                                      \
+  extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, blocks_per_sm) \
+      name(const nsa::DraftExtendArgs args) {                                     \
+    nsa::__VA_ARGS__(args);                                                       \
   }
-// Grids: any number of blocks; the rows are dealt out over those there are. draft_extend_tiles has
-// num_entries blocks, one per tile, and goes before draft_extend_tiled on the same stream.
-NSA_KERNEL(draft_extend_warp, draft_extend_warp_body<false>)
-NSA_KERNEL(draft_extend_warp_quads, draft_extend_warp_body<true>)
-NSA_KERNEL(draft_extend_block, draft_extend_block_body<1, false>)
-NSA_KERNEL(draft_extend_block4, draft_extend_block_body<nsa::kMaxItems, false>)
-NSA_KERNEL(draft_extend_block4_quads, draft_extend_block_body<nsa::kMaxItems, true>)
-NSA_KERNEL(draft_extend_large, draft_extend_large_body<false>)
-NSA_KERNEL(draft_extend_tiles, draft_extend_tiles_body)
-NSA_KERNEL(draft_extend_tiled, draft_extend_large_body<true>)
+// Grids: any number of blocks that covers max_rows in quad mode, else any number at all; the rows are
+// dealt out over those there are. draft_extend_tiles has num_entries blocks, one per tile, and goes
+// before draft_extend_tiled on the same stream.
+NSA_KERNEL(draft_extend_warp, 4, draft_extend_warp_body<false>)
+NSA_KERNEL(draft_extend_warp_quads, 4, draft_extend_warp_body<true>)
+NSA_KERNEL(draft_extend_block, 4, draft_extend_block_body<1, false>)
+NSA_KERNEL(draft_extend_block4, 4, draft_extend_block_body<nsa::kMaxItems, false>)
+NSA_KERNEL(draft_extend_block4_quads, 4, draft_extend_block_body<nsa::kMaxItems, true>)
+NSA_KERNEL(draft_extend_large, 1, draft_extend_large_body<false>)
+NSA_KERNEL(draft_extend_tiles, 4, draft_extend_tiles_body)
+NSA_KERNEL(draft_extend_tiled, 4, draft_extend_large_body<true>)
 #undef NSA_KERNEL

@@ -30,14 +30,15 @@ GROUP = 4  # kGroup: requests per entry
 ONE_LAUNCH_MAX_BS = 16384  # kOneLaunchMaxBs
 LINEAR_SEARCH_MAX_BS = 16
 #: Capacity from which rows are written in quads; below, a launch is a matter of latency.
-QUADS_MIN_ROWS = 1 << 20  # short-lived blocks write faster than resident ones: 16 or 128 KB each
+QUADS_MIN_ROWS = 1 << 20  # short-lived blocks write faster than resident ones: 16 or 32 KB each
 QUAD_TILE_ROWS = 4 * BLOCK_THREADS  # kQuadTileRows
 QUAD_ROWS_PER_REQUEST = 16  # kQuadModeRowsPerRequest
 LARGE_BLOCKS_PER_SM = 2
 BLOCKS_PER_SM = 8  # 2,048 threads
-FEW_REQUESTS = (
-    1024  # every block reads the whole batch: more than one per multiprocessor below this
-)
+#: Every block reads the whole batch: with many requests, blocks that write few rows cost more than
+#: they save.
+FEW_REQUESTS = 1024
+FEW_ROWS = 1 << 16
 
 # Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
@@ -71,15 +72,16 @@ def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
         if bs <= WARP_MAX_BS:
             tiles_per_block = 2
         elif bs <= BLOCK_THREADS * MAX_ITEMS or bs > ONE_LAUNCH_MAX_BS:
-            tiles_per_block = 16
+            tiles_per_block = 4
         else:  # a block reads up to 200 KB of lengths before it writes
             tiles_per_block = max(16, -(-tiles // (num_sms * LARGE_BLOCKS_PER_SM)))
         grid = -(-tiles // tiles_per_block)
+    elif bs > ONE_LAUNCH_MAX_BS:
+        grid = min(grid, num_sms * BLOCKS_PER_SM)  # they read the totals of tiles only
+    elif bs > BLOCK_THREADS:
+        grid = min(grid, (num_sms + 1) // 2 if limit <= FEW_ROWS else num_sms)
     elif grid > num_sms:
-        per_sm = FEW_REQUESTS // bs if 0 < bs <= FEW_REQUESTS else 1
-        if bs > ONE_LAUNCH_MAX_BS:
-            per_sm = BLOCKS_PER_SM  # they read the totals of tiles only
-        grid = min(grid, num_sms * min(per_sm, BLOCKS_PER_SM))
+        grid = min(grid, num_sms * min(FEW_REQUESTS // (bs or 1), BLOCKS_PER_SM))
     if bs <= WARP_MAX_BS:
         if bs <= LINEAR_SEARCH_MAX_BS and key.use_adaptive:
             flags |= LINEAR_SEARCH
@@ -321,7 +323,7 @@ def fill_draft_extend_metadata_cuda(
     state = _launch.device_state(device)
     stream = _launch.current_raw_stream(device)
     if total_tokens is None:
-        if state.is_capturing(stream):
+        if stream and state.is_capturing(stream):
             raise capture_error()
     elif not _env.debug_sync() or state.is_capturing(stream):
         launch(state, stream, key)

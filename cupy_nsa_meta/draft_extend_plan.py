@@ -41,6 +41,9 @@ class DraftExtendPlan:
         #: Total and status of the last launch, on the device.
         self._outcome = torch.zeros(2, dtype=torch.int32, device=device)
         self._entered = threading.Lock()
+        self._enter = self._entered.acquire
+        self._leave = self._entered.release
+        self._device = self._key.device
         self._captured: _graphs.CapturedLaunch | None = None
         self._state: _launch.DeviceState | None = None
         self._backend = dispatch.choose(self._key.device)
@@ -74,14 +77,14 @@ class DraftExtendPlan:
             ValueError: as in ``fill_draft_extend_metadata_cuda``; nothing is written.
             RuntimeError: another thread is inside this plan, or a CUDA graph is being captured.
         """
-        if not self._entered.acquire(False):
+        if not self._enter(False):
             raise _entered_twice()
         try:
             state = self._state
             if state is None:
                 return self._backend.fill(*self._arguments())
-            stream = _launch.current_raw_stream(self._key.device)
-            if state.is_capturing(stream):
+            stream = _launch.current_raw_stream(self._device)
+            if stream and state.is_capturing(stream):
                 raise capture_error()
             captured = self._captured
             if captured is None:
@@ -92,7 +95,7 @@ class DraftExtendPlan:
                 self._captured = None  # with its slot, whose late word nobody shall read
                 raise
         finally:
-            self._entered.release()
+            self._leave()
         total = word & 0xFFFFFFFF
         if word != total:
             raise status_error(word >> 32, total, self._tensors, self._key)
@@ -103,15 +106,15 @@ class DraftExtendPlan:
 
         While a CUDA graph is being captured, the plain kernel is recorded into it.
         """
-        if not self._entered.acquire(False):
+        if not self._enter(False):
             raise _entered_twice()
         try:
             state = self._state
             if state is None:
                 self._backend.fill_async(*self._arguments(), out_total=self._outcome)
                 return
-            stream = _launch.current_raw_stream(self._key.device)
-            if state.is_capturing(stream):
+            stream = _launch.current_raw_stream(self._device)
+            if stream and state.is_capturing(stream):
                 self._record(state, stream)
                 return
             captured = self._captured
@@ -123,7 +126,7 @@ class DraftExtendPlan:
                 self._captured = None
                 raise
         finally:
-            self._entered.release()
+            self._leave()
 
     def status(self) -> int:
         """The status word of the last launch (0: fine); waits for torch's current stream.

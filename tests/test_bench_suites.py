@@ -779,7 +779,7 @@ def test_suites_on_the_cpu_as_json(tmp_path, capsys):
     assert {(row["suite"], row["provider"]) for row in document["rows"]} == {
         *(("seed", "python"), ("seed", "torch"), ("trace", "python"), ("trace", "reference"))
     }
-    assert set(document["absent"]) == {*GPU_ONLY, *floor.PROVIDERS}
+    assert set(document["absent"]) == {*GPU_ONLY, *floor.PROVIDERS} - {"empty-node"}
     for name, reason in document["absent"].items():
         assert f"{name}: absent: {reason}" in out
 
@@ -909,6 +909,7 @@ def stored(**changes: float) -> dict:
             us = 1.3 * max(1.0, bs / 4096)
             case = {"bs": bs, "rows": 3 * bs, "capacity_factor": factor}
             rows.append(row("growth-bs", "cuda", "gpu_us", us, **case))
+            rows.append(row("growth-bs", "empty-node", "gpu_us", 0.6, **case))
     for bs in (1, 1024):
         for rows_ in (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 26, 1 << 30):
             us = 1.5 + rows_ * 8 / 4.5e6
@@ -977,8 +978,9 @@ def changed(document: dict, factor: float, **wanted) -> dict:
 @pytest.mark.parametrize(
     ("what", "factor", "wanted"),
     [
-        ("bs 1 - 256, capacity 16 T", 1.3, {"suite": "growth-bs", "bs": 256, "capacity_factor": 16}),
-        ("bs 1024, capacity T", 2, {"suite": "growth-bs", "bs": 1024, "capacity_factor": 1}),
+        ("empty node, bs 1 - 256, capacity 16 T", 1.3, {"provider": "cuda", "suite": "growth-bs", "bs": 256, "capacity_factor": 16}),
+        ("empty node, bs 1024, capacity T", 2, {"provider": "cuda", "suite": "growth-bs", "bs": 1024, "capacity_factor": 1}),
+        ("empty node beside it, bs 1024, capacity T", 0.5, {"provider": "empty-node", "suite": "growth-bs", "bs": 1024, "capacity_factor": 1}),
         ("bandwidth / torch fill, >= 64M rows, bs 1024", 0.9, {"provider": "cuda", "metric": "gb_per_s", "rows": 1 << 30, "bs": 1024}),
         ("first call, empty", 2, {"cache": "empty", "call": "first"}),
         ("first call, warm", 2, {"cache": "warm", "call": "first"}),

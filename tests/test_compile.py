@@ -13,7 +13,11 @@ nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 if nvrtc.getVersion()[0] == 12:  # NVRTC 13 has dropped Volta
     ARCHITECTURES.insert(0, "sm_70")
-MAX_REGISTERS = 96  # two blocks of 256 threads share the 65,536 registers of a multiprocessor
+MAX_REGISTERS = {
+    # A block of 256 threads per multiprocessor, with 48 loads of 16 bytes in flight per thread.
+    "draft_extend_large": 168,
+}
+DEFAULT_MAX_REGISTERS = 64  # four blocks of 256 threads share 65,536 registers
 MAX_STATIC_SHARED = 48 * 1024
 
 
@@ -51,7 +55,7 @@ def test_compiles_without_spills(stem, architecture):
     assert set(found) == set(_module.KERNELS[stem])
     for name, used in found.items():
         assert used["spills"] == 0, name
-        assert used["registers"] <= MAX_REGISTERS, name
+        assert used["registers"] <= MAX_REGISTERS.get(name, DEFAULT_MAX_REGISTERS), name
         assert used["shared"] <= MAX_STATIC_SHARED, name
     # The one warning there may be is NVRTC's own, about architectures before sm_75.
     assert [

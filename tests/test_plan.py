@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -384,9 +385,12 @@ def test_the_policy_of_the_cache():
     cache.hits = _graphs.HITS_PER_CAPTURE
     assert cache.should_capture(5)
     for number in range(_graphs.MAX_GRAPHS + 1):
-        cache.insert(number, object())
-    assert 0 not in cache.graphs
-    assert 1 in cache.graphs
+        cache.hits += number == 3
+        cache.insert(number, SimpleNamespace(last_used=0))
+        if number == 2:
+            cache.graphs[0].last_used = 10**9  # used most recently
+    assert 0 in cache.graphs
+    assert 1 not in cache.graphs
     assert len(cache.graphs) == _graphs.MAX_GRAPHS
 
 

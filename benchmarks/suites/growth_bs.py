@@ -15,8 +15,12 @@ POINTS = (
 )
 QUICK_POINTS = (1, 32, 256, 1024, 16384, 1_000_000)
 CAPACITY_FACTORS = (1, 16)
-PROVIDERS = ("cuda", "triton", "aot-extension", "torch")
-WITH_ROOM = ("cuda", "triton")  # the others' work is that of the capacity, or of a smaller batch
+PROVIDERS = ("cuda", "empty-node", "triton", "aot-extension", "torch")
+WITH_ROOM = (
+    "cuda",
+    "empty-node",
+    "triton",
+)  # the others' work is that of the capacity, or of a smaller batch
 SLOW_FROM_BS = 65536
 
 
