@@ -12,6 +12,7 @@ all the time pays for plain launches and a lookup.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -93,8 +94,8 @@ class CapturedLaunch:
 
     def __del__(self) -> None:
         slot = getattr(self, "slot", None)
-        if slot is None:
-            return
+        if slot is None or sys is None or sys.is_finalizing():
+            return  # a process that ends takes graphs and slots with it
         if self._exec:
             self.state.runtime.graphExecDestroy(self._exec)
         # A launch that has not answered yet would answer in somebody else's slot.

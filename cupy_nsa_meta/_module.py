@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 MINIMUM_CUPY = (14, 0)
+SPLIT_COMPILE_NVRTC = (12, 9)
 #: Kernels of each source file in ``cuda_src/``; the tests compile all of them.
 KERNELS: dict[str, tuple[str, ...]] = {
     "draft_extend": (
@@ -126,7 +127,10 @@ def load(stem: str, device: int) -> dict[str, Any]:
     cupy = import_cupy()
     with _compile_lock, cupy.cuda.Device(device):
         try:
-            module = cupy.RawModule(code=source(stem), options=compile_options(), backend="nvrtc")
+            options = compile_options()
+            if cupy.cuda.nvrtc.getVersion() >= SPLIT_COMPILE_NVRTC:
+                options += ("--split-compile=0",)  # the kernels of a file on all cores
+            module = cupy.RawModule(code=source(stem), options=options, backend="nvrtc")
             return {name: module.get_function(name).kernel for name in KERNELS[stem]}
         except Exception as error:
             raise KernelUnavailableError(
