@@ -16,6 +16,7 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import count
 from time import perf_counter_ns
 from typing import Any
@@ -79,6 +80,7 @@ class DeviceState:
         memory = (ctypes.c_char * num_bytes).from_address(self._base)
         ctypes.memset(self._base, 0, num_bytes)
         self.words = memoryview(memory).cast("B").cast("Q")
+        self.sticky_status = status_word(device).data_ptr()
         self._next_slot = count()
         self._free: deque[Slot] = deque()
         self._retired: deque[Slot] = deque()
@@ -179,6 +181,31 @@ def _libcuda() -> ctypes.CDLL:
     if _libcuda_handle is None:
         _libcuda_handle = ctypes.CDLL("libcuda.so.1")
     return _libcuda_handle
+
+
+_status_words: dict[int, torch.Tensor] = {}
+_status_lock = threading.Lock()
+
+
+def status_word(device: int) -> torch.Tensor:
+    """The sticky status of a device (-1: the CPU), int32 [1]; kept until the process ends."""
+    word = _status_words.get(device)
+    if word is None:
+        if device >= 0 and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cupy_nsa_meta: nothing has run on this device yet, and its status word cannot be "
+                "allocated while a CUDA graph is being captured; make one call before"
+            )
+        with _status_lock:
+            word = _status_words.get(device)
+            if word is None:
+                place = torch.device("cuda", device) if device >= 0 else torch.device("cpu")
+                with relaxed_capture() if device >= 0 else nullcontext():
+                    word = torch.zeros(1, dtype=torch.int32, device=place)
+                    if device >= 0:  # the first user may be on another stream
+                        torch.cuda.current_stream(device).synchronize()
+                _status_words[device] = word
+    return word
 
 
 _states: dict[int, DeviceState] = {}

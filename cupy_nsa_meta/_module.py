@@ -19,6 +19,7 @@ MINIMUM_CUPY = (14, 0)
 #: Kernels of each source file in ``cuda_src/``; the tests compile all of them.
 KERNELS: dict[str, tuple[str, ...]] = {
     "draft_extend": ("draft_extend", "draft_extend_tiles", "draft_extend_tiled"),
+    "fused": ("fused", "fused_tiles"),
 }
 
 _compile_lock = threading.RLock()
