@@ -347,7 +347,7 @@ def table(
             f"got [{num_rows}, {num_columns}]"
         )
     row_stride, column_stride = tensor.stride()
-    if column_stride != 1 and num_columns > 1:
+    if column_stride != 1 and num_columns > 1 and num_rows:
         raise ValueError(f"{name}: expected column stride 1, got {column_stride}")
     if written and row_stride < columns and rows > 1:
         raise ValueError(
