@@ -244,8 +244,8 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
         begins.append(begin := tensor.data_ptr())
         ends.append(begin + _span(tensor))
 
-    rooms = (bs, bs + 1, total_len, total_len + 1, call.pad_to or total_len,
-             (call.pad_to or total_len) + 1)  # fmt: skip
+    padded = call.pad_to or total_len
+    rooms = (bs, bs + 1, total_len, total_len + 1, padded, padded + 1)
     position = -1
     for tensor, room in zip(out, _FUSED_ROOMS, strict=False):
         position += 1
@@ -253,13 +253,13 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
             continue
         if (
             not isinstance(tensor, _Tensor)
-            or tensor.dtype is not _int32
+            or tensor.dtype is not (_int32 if position != _POSITIONS else _int64)
             or tensor.dim() != 1
             or not tensor.is_contiguous()
             or (elements := tensor.numel()) < rooms[room]
             or tensor.get_device() != device
         ):
-            elements = _explain_output(position, tensor, rooms[room], seq_lens)
+            _explain_output(position, tensor, rooms[room], seq_lens)
         begins.append(begin := tensor.data_ptr())
         ends.append(begin + (elements << (2 if position != _POSITIONS else 3)))
 
@@ -296,7 +296,11 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
                 _place("real_page_table", real_page, seq_lens, device, begins, ends)
             else:
                 _place("real_page_table", real_page, seq_lens, device, begins, ends)
-    if not (seq_lens.is_cuda if device >= 0 else seq_lens.is_cpu):
+    if device < 0:  # the CPU, or anything that has no index
+        named = {"seq_lens": seq_lens, "extend_seq_lens": extend, "req_pool_indices": pool}
+        named |= {"req_to_token": tokens} | call.outputs._asdict()
+        same_device(**{name: tensor for name, tensor in named.items() if tensor is not None})
+    elif not seq_lens.is_cuda:
         same_device(seq_lens=seq_lens)
 
     # Spans apart from each other: each ends before the next begins.
@@ -320,15 +324,14 @@ def _require_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
 
 
-def _explain_output(position: int, tensor: Any, room: int, seq_lens: torch.Tensor) -> int:
-    """The slow half of the check of a 1-D output: positions pass, the rest raises."""
+def _explain_output(position: int, tensor: Any, room: int, seq_lens: torch.Tensor) -> None:
+    """Raise for what is wrong with a 1-D output."""
     name = FusedOutputs._fields[position]
     _require_tensor(name, tensor)
     elements = output(name, tensor, _int64 if position == _POSITIONS else _int32)
     if elements < room:
         raise ValueError(f"{name}: expected [>= {room}], got [{elements}]")
     same_device(seq_lens=seq_lens, **{name: tensor})
-    return elements
 
 
 def table(
