@@ -46,8 +46,8 @@ enum FusedFlags : u32 {
   kFusedSeqIsInt64 = 1,
   kFusedExtendIsInt64 = 2,
   kFusedPoolIsInt64 = 4,
-  kHasRowOutputs = 8,       // some array indexed by rows is wanted
-  kOneRowPerRequest = 16,   // page tables have one row for each request
+  kHasRowOutputs = 8,      // some array indexed by rows is wanted
+  kOneRowPerRequest = 16,  // page tables have one row for each request
 };
 
 // Packed by cupy_nsa_meta/fused.py, field by field in this order.
@@ -72,8 +72,8 @@ struct FusedArgs {
   int* page_table_1;
   int* real_page_table;
   int* page_table_1_flattened;
-  int* status;       // [1], raised to the largest status met
-  i64* tile_sums;    // [kTileSums, num_tiles] scratch of the two-launch form, else null
+  int* status;     // [1], raised to the largest status met
+  i64* tile_sums;  // [kTileSums, num_tiles] scratch of the two-launch form, else null
   i64 seq_stride;
   i64 extend_stride;
   i64 pool_stride;
@@ -146,7 +146,7 @@ __device__ __forceinline__ i64 clipped_sum(i64 first, i64 count, i64 topk) {
 
 // What the requests before some place add up to.
 struct Sums {
-  i64 kv;       // exact and signed: a negative length counts as what it is, as in a cumsum
+  i64 kv;  // exact and signed: a negative length counts as what it is, as in a cumsum
   i64 q;
   i64 clipped;  // of each request at most kBeyondInt32
 };
@@ -167,12 +167,12 @@ enum TileSum { kTileKv, kTileQ, kTileClipped, kTileTokens, kTileSums };
 
 // The requests of a tile, as its rows need them.
 struct FusedTile {
-  Sum ends[kRequestsPerTile];            // rows of the tile up to and with the request; cut to int32
-  i64 first[kRequestsPerTile + 1];       // kv - q + 1: the length that row j = 0 would see unclamped
-  i64 kv_before[kRequestsPerTile];       // sums over all requests before this one
+  Sum ends[kRequestsPerTile];                // rows of the tile up to and with the request; cut to int32
+  i64 first[kRequestsPerTile + 1];           // kv - q + 1: the length that row j = 0 would see unclamped
+  i64 kv_before[kRequestsPerTile];           // sums over all requests before this one
   i64 clipped_before[kRequestsPerTile + 1];  // entry `count`: with the whole tile
-  Sums warp_totals[kBlockWarps];     // of the tile
-  Sums warp_before[kBlockWarps];     // of what lies before the tile
+  Sums warp_totals[kBlockWarps];             // of the tile
+  Sums warp_before[kBlockWarps];             // of what lies before the tile
 };
 static_assert(sizeof(FusedTile) <= 48 * 1024, "static shared memory limit");
 
@@ -182,8 +182,9 @@ __device__ __forceinline__ Sums sums_before_tile(const FusedArgs& args, int tile
   if (args.tile_sums != nullptr) {
     const i64 num_tiles = args.num_tiles;
     for (int other = threadIdx.x; other < tile; other += kBlockThreads) {
-      sums = add(sums, {args.tile_sums[kTileKv * num_tiles + other], args.tile_sums[kTileQ * num_tiles + other],
-                        args.tile_sums[kTileClipped * num_tiles + other]});
+      sums =
+          add(sums, {args.tile_sums[kTileKv * num_tiles + other], args.tile_sums[kTileQ * num_tiles + other],
+                     args.tile_sums[kTileClipped * num_tiles + other]});
     }
   } else {
     int ignored = 0;  // the blocks of those tiles report it
@@ -211,7 +212,8 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
   Sums upto = mine;  // inclusive: first in the warp, then in the batch
 #pragma unroll
   for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    const Sums below = {__shfl_up_sync(kFullWarp, upto.kv, distance), __shfl_up_sync(kFullWarp, upto.q, distance),
+    const Sums below = {__shfl_up_sync(kFullWarp, upto.kv, distance),
+                        __shfl_up_sync(kFullWarp, upto.q, distance),
                         __shfl_up_sync(kFullWarp, upto.clipped, distance)};
     if (lane >= distance) upto = add(upto, below);
   }
@@ -338,13 +340,15 @@ __device__ __forceinline__ i64 flattened_tokens(const FusedArgs& args, int idx) 
 }
 
 // Sum over the requests before `request` of their query tokens or flattened tokens.
-__device__ __forceinline__ i64 sum_before(const FusedArgs& args, int request, bool of_tokens, i64* warp_sums) {
+__device__ __forceinline__ i64 sum_before(const FusedArgs& args, int request, bool of_tokens,
+                                          i64* warp_sums) {
   i64 sum = 0;
   int idx_begin = 0;
   if (args.tile_sums != nullptr) {
     const int tile = request / kRequestsPerTile;
     idx_begin = tile * kRequestsPerTile;
-    const i64* const tiles = args.tile_sums + (of_tokens ? kTileTokens : kTileQ) * static_cast<i64>(args.num_tiles);
+    const i64* const tiles =
+        args.tile_sums + (of_tokens ? kTileTokens : kTileQ) * static_cast<i64>(args.num_tiles);
     for (int other = threadIdx.x; other < tile; other += kBlockThreads) sum += tiles[other];
   }
   int ignored = 0;
@@ -375,7 +379,8 @@ struct Share {
 
 // The first `vectors` vectors of a row: page_1 is there, its rows and the tokens are 16-byte aligned,
 // and a vector holds at most one page's first token.
-__device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, const Share& share, int page_shift) {
+__device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, const Share& share,
+                                             int page_shift) {
   const u32 page_mask = (1u << page_shift) - 1;
   for (u32 first = share.first; first < vectors; first += share.step) {
     const int4* const from = reinterpret_cast<const int4*>(row.tokens) + first;
@@ -398,7 +403,8 @@ __device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, c
 #pragma unroll
       for (u32 k = 0; k < kUnroll; ++k) {
         const u32 column = (first + k * kBlockThreads) * kVectorColumns;
-        if (k < left && (column & page_mask) == 0) real_page[column >> page_shift] = values[k].x >> page_shift;
+        if (k < left && (column & page_mask) == 0)
+          real_page[column >> page_shift] = values[k].x >> page_shift;
       }
       real_page += row.real_page_stride;
     }
@@ -450,8 +456,8 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   const int* const tokens = args.req_to_token + pool * args.token_stride;  // 64-bit: passes 2^31
   const u32 per_thread = static_cast<u32>(args.table_items);
   const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
-  const Share share = {block_first + threadIdx.x, static_cast<u32>(args.table_blocks) * per_thread * kBlockThreads,
-                       per_thread};
+  const Share share = {block_first + threadIdx.x,
+                       static_cast<u32>(args.table_blocks) * per_thread * kBlockThreads, per_thread};
 
   // Twice the same copy: into the page tables, then into the flattened table.
 #pragma unroll 1

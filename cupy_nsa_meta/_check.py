@@ -281,9 +281,7 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
             _place("page_table_1", page_1, seq_lens, device, begins, ends)
         if real_page is not None:
             pages = -(-width // page_size)
-            table(
-                "real_page_table", real_page, rows, pages, f"{width_name} / physical_page_size"
-            )
+            table("real_page_table", real_page, rows, pages, f"{width_name} / physical_page_size")
             if (
                 page_size == 1
                 and page_1 is not None

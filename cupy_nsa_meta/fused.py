@@ -90,9 +90,7 @@ def geometry(call: FusedCall, num_sms: int) -> Geometry:
     return Geometry(num_tiles, row_parts, blocks, per_thread)
 
 
-def pack(
-    buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_sums: int
-) -> None:
+def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_sums: int) -> None:
     """Pack ``struct FusedArgs``; ``tile_sums`` is 0 in the one-launch form."""
     seq, extend, pool, tokens, out = call[:5]
     page_1, real_page, mqa, flattened = (
@@ -156,7 +154,83 @@ def launches(call: FusedCall, shape: Geometry, tiled: bool) -> tuple[tuple[str, 
     return (("fused_tiles", shape.num_tiles), last) if tiled else (last,)
 
 
-def _enqueue(call: FusedCall, state: _launch.DeviceState, stream: int, status: int) -> None:
+class _Launches(NamedTuple):
+    """A checked and packed call of the one-launch form."""
+
+    state: _launch.DeviceState
+    args: bytes
+    launches: tuple[tuple[str, int], ...]
+
+
+#: Checking and packing is a function of a call's facts, so the outcome is kept for the same facts.
+#: No tensor is kept alive. Cleared when full: a server makes calls of few kinds again and again.
+_remembered: dict[tuple[Any, ...], _Launches] = {}
+MAX_REMEMBERED = 1024
+
+_data_ptr = torch.Tensor.data_ptr
+_size = torch.Tensor.size
+_stride = torch.Tensor.stride
+_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+def _facts(op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that checks and packed arguments depend on; None where an argument is no tensor.
+
+    Read afresh for each call: a tensor object may have got another memory, shape or stride. An
+    address tells the device too, but for tensors without elements, of which nothing is accessed.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    try:
+        return (
+            op,
+            tensors[0].get_device(),
+            *map(_data_ptr, present),
+            *map(_size, present),
+            *map(_stride, present),
+            *map(_dtype, present),
+            *([tensor is None for tensor in tensors] if len(present) < len(tensors) else ()),
+            *scalars,
+            *map(type, scalars),  # 4.0 and True are not 4 and 1
+            _env.backend(),
+        )
+    except (AttributeError, TypeError):
+        return None
+
+
+def _again(
+    op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]
+) -> tuple[tuple[Any, ...] | None, bool]:
+    """Launch a call of known facts. Returns its facts, and whether it was launched."""
+    if not _is_cuda(tensors[0]):
+        return None, False
+    facts = _facts(op, tensors, scalars)
+    known = None
+    if facts is not None:
+        try:
+            known = _remembered.get(facts)
+        except TypeError:  # a scalar that cannot be hashed; the check raises
+            facts = None
+    if known is None or _env.debug_sync():
+        return facts, False
+    state = known.state
+    slot = state.take_slot()
+    slot.buffer[: ARGS.size] = known.args
+    state.launch(slot, _launch.current_raw_stream(state.device), known.launches)
+    state.give_slot(slot)
+    return facts, True
+
+
+def _is_cuda(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.is_cuda
+
+
+def _enqueue(
+    call: FusedCall,
+    state: _launch.DeviceState,
+    stream: int,
+    status: int,
+    facts: tuple[Any, ...] | None,
+) -> None:
     shape = geometry(call, state.num_sms)
     scratch = None
     if call.bs > ONE_LAUNCH_MAX_BS:  # freed at return, reused by torch in stream order
@@ -165,7 +239,12 @@ def _enqueue(call: FusedCall, state: _launch.DeviceState, stream: int, status: i
         )
     slot = state.take_slot()
     pack(slot.buffer, call, shape, status, 0 if scratch is None else scratch.data_ptr())
-    state.launch(slot, stream, launches(call, shape, scratch is not None))
+    in_order = launches(call, shape, scratch is not None)
+    if facts is not None and scratch is None:
+        if len(_remembered) >= MAX_REMEMBERED:
+            _remembered.clear()
+        _remembered[facts] = _Launches(state, bytes(slot.buffer[: ARGS.size]), in_order)
+    state.launch(slot, stream, in_order)
     state.give_slot(slot)
 
 
@@ -182,17 +261,17 @@ def _runs_cuda(device: int) -> bool:
     return reason is None
 
 
-def _run(call: FusedCall) -> None:
+def _run(call: FusedCall, facts: tuple[Any, ...] | None) -> None:
     """Enqueue a checked call; under CUPY_NSA_META_DEBUG_SYNC=1 read its status and raise."""
     device = call.device
     if _runs_cuda(device):
         state = _launch.device_state(device)
         stream = _launch.current_raw_stream(device)
         if not (_env.debug_sync() and not state.is_capturing(stream)):
-            _enqueue(call, state, stream, state.sticky_status)
+            _enqueue(call, state, stream, state.sticky_status, facts)
             return
         status = torch.zeros(1, dtype=torch.int32, device=call.seq_lens.device)
-        _enqueue(call, state, stream, status.data_ptr())
+        _enqueue(call, state, stream, status.data_ptr(), None)
     else:
         capturing = device >= 0 and torch.cuda.is_current_stream_capturing()
         status = reference_fused.metadata(call)
@@ -353,6 +432,16 @@ def fused_dsa_decode_metadata(
     """
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
+    facts, is_launched = _again(
+        "decode",
+        (
+            seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
+            dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
+        ),
+        (bs, max_len, dsa_index_topk, physical_page_size),
+    )  # fmt: skip
+    if is_launched:
+        return
     if (
         req_pool_indices is None
         or req_to_token is None
@@ -384,7 +473,8 @@ def fused_dsa_decode_metadata(
                 dsa_index_topk, physical_page_size, 1, 0, 0, True, -1,
             ),
             "max_len",
-        )
+        ),
+        facts,
     )  # fmt: skip
 
 
@@ -432,6 +522,17 @@ def fused_dsa_target_verify_metadata(
     """
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
+    facts, is_launched = _again(
+        "verify",
+        (
+            seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
+            seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
+            paged_mqa_ctx_lens_2d,
+        ),
+        (bs, max_seqlen_k, dsa_index_topk, physical_page_size, next_n),
+    )  # fmt: skip
+    if is_launched:
+        return
     if (
         next_n is REQUIRED
         or req_pool_indices is None
@@ -473,7 +574,8 @@ def fused_dsa_target_verify_metadata(
                 max_seqlen_k, dsa_index_topk, physical_page_size, next_n, next_n, 0, False, -1,
             ),
             "max_seqlen_k",
-        )
+        ),
+        facts,
     )  # fmt: skip
 
 
@@ -529,6 +631,19 @@ def fused_dsa_draft_extend_metadata(
     """
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
+    facts, is_launched = _again(
+        "draft_extend",
+        (
+            seq_lens, extend_seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k,
+            page_table_1, seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
+        ),
+        (
+            bs, total_len, max_seqlen_k, dsa_index_topk, physical_page_size, max_extend_len,
+            max_total_len, static_extend_len,
+        ),
+    )  # fmt: skip
+    if is_launched:
+        return
     if (
         max_extend_len is REQUIRED
         or max_total_len is REQUIRED
@@ -581,7 +696,8 @@ def fused_dsa_draft_extend_metadata(
                 max_seqlen_k, dsa_index_topk, physical_page_size, uniform_q, 0, 0, False, -1,
             ),
             "max_seqlen_k",
-        )
+        ),
+        facts,
     )  # fmt: skip
 
 
@@ -666,6 +782,18 @@ def fused_dsa_extend_metadata(
         ``req_pool_indices`` and ``req_to_token`` is a ``ValueError``.
     """
     physical_page_size = _page_size(physical_page_size, real_page_size)
+    outputs = FusedOutputs(
+        cache_seqlens, cu_seqlens_k, cu_seqlens_q, extend_start_loc, seqlens_expanded,
+        dsa_cache_seqlens, dsa_cu_seqlens_k, token_to_batch_idx, ks, ke, topk_indices_offset,
+        positions, None, page_table_1, real_page_table, page_table_1_flattened,
+    )  # fmt: skip
+    facts, is_launched = _again(
+        "extend",
+        (seq_lens, extend_seq_lens, req_pool_indices, req_to_token, *outputs),
+        (total_len, dsa_index_topk, max_seqlen_k, physical_page_size, pad_to),
+    )
+    if is_launched:
+        return
     if not isinstance(seq_lens, torch.Tensor):
         seq_lens = _check.as_tensor("seq_lens", seq_lens)
     if not isinstance(extend_seq_lens, torch.Tensor):
@@ -680,26 +808,7 @@ def fused_dsa_extend_metadata(
         pad_to = 0
     elif type(pad_to) is not int or not total_len <= pad_to < INT32_MAX:
         pad_to = _check.integer("pad_to", pad_to, total_len, INT32_MAX - 1)
-    outputs = FusedOutputs(
-        cache_seqlens=cache_seqlens,
-        cu_seqlens_k=cu_seqlens_k,
-        cu_seqlens_q=cu_seqlens_q,
-        extend_start_loc=extend_start_loc,
-        seqlens_expanded=seqlens_expanded,
-        dsa_cache_seqlens=dsa_cache_seqlens,
-        dsa_cu_seqlens_k=dsa_cu_seqlens_k,
-        token_to_batch_idx=token_to_batch_idx,
-        ks=ks,
-        ke=ke,
-        topk_indices_offset=topk_indices_offset,
-        positions=positions,
-        page_table_1=page_table_1,
-        real_page_table=real_page_table,
-        page_table_1_flattened=page_table_1_flattened,
-    )
-    width = _extend_width(
-        outputs, req_pool_indices, req_to_token, max_seqlen_k, physical_page_size
-    )
+    width = _extend_width(outputs, req_pool_indices, req_to_token, max_seqlen_k, physical_page_size)
     _run(
         _check.fused(
             FusedCall(
@@ -707,7 +816,8 @@ def fused_dsa_extend_metadata(
                 width, dsa_index_topk, physical_page_size, -1, 0, pad_to, True, -1,
             ),
             "max_seqlen_k",
-        )
+        ),
+        facts,
     )  # fmt: skip
 
 

@@ -193,7 +193,7 @@ FUSED_INPUTS = 4
 def fused_call(case: FusedCase) -> FusedCall:
     """The checked call that a case's public function would enqueue."""
     calls: list[FusedCall] = []
-    with mock.patch.object(fused, "_run", calls.append):
+    with mock.patch.object(fused, "_run", lambda call, facts: calls.append(call)):
         Built(case).run()
     return calls[0]
 

@@ -86,7 +86,9 @@ class FusedCase:
     def indices(self) -> tuple[int, ...]:
         if self.pool is not None:
             return self.pool
-        return tuple(int(i) for i in np.random.default_rng(self.bs).permutation(self.bs + 3)[: self.bs])
+        return tuple(
+            int(i) for i in np.random.default_rng(self.bs).permutation(self.bs + 3)[: self.bs]
+        )
 
 
 class Built:
@@ -109,7 +111,12 @@ class Built:
             **dict.fromkeys(EXTEND_ROW_OUTPUTS, rows),
             "dsa_cache_seqlens": case.pad_to or rows, "dsa_cu_seqlens_k": (case.pad_to or rows) + 1,
         }  # fmt: skip
-        wanted: tuple[str, ...] = ("cache_seqlens", "cu_seqlens_k", "dsa_cache_seqlens", "dsa_cu_seqlens_k")
+        wanted: tuple[str, ...] = (
+            "cache_seqlens",
+            "cu_seqlens_k",
+            "dsa_cache_seqlens",
+            "dsa_cu_seqlens_k",
+        )
         if case.op in ("verify", "draft_extend"):
             wanted += ("seqlens_expanded",)
         if case.op == "extend":
@@ -167,7 +174,9 @@ class Built:
 
     def _allocate(self, name: str, elements: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         front = GUARD + self.case.offset
-        allocation = torch.full((front + elements + GUARD,), POISON, dtype=dtype, device=self.device)
+        allocation = torch.full(
+            (front + elements + GUARD,), POISON, dtype=dtype, device=self.device
+        )
         self.allocations[name] = allocation
         return allocation[front : front + elements]
 
@@ -446,7 +455,9 @@ LARGE_CASES: list[FusedCase] = [
 ]  # fmt: skip
 
 
-def random_cases(op: str, count: int, seed: int, max_bs: int = 300, max_width: int = 700) -> list[FusedCase]:
+def random_cases(
+    op: str, count: int, seed: int, max_bs: int = 300, max_width: int = 700
+) -> list[FusedCase]:
     """Random batches of every shape that the named cases do not think of."""
     rng = np.random.default_rng(seed)
     items = []
@@ -456,7 +467,11 @@ def random_cases(op: str, count: int, seed: int, max_bs: int = 300, max_width: i
         page_size = int(rng.choice([1, 2, 4, 16, 64, 256]))
         tables = [TABLES, ("real_page_table",), ("page_table_1",), ()][rng.integers(0, 4)]
         seq = rng.integers(-3, max(width + 40, 50), bs)
-        extend = rng.integers(0, int(rng.choice([2, 6, 40])), bs) if op in ("draft_extend", "extend") else ()
+        extend = (
+            rng.integers(0, int(rng.choice([2, 6, 40])), bs)
+            if op in ("draft_extend", "extend")
+            else ()
+        )
         item = case(
             op,
             f"random_{seed}_{number}",

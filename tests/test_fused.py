@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 
 import cupy_nsa_meta
 from cases import POISON
-from cupy_nsa_meta import _launch, fused
+from cpu_kernels import fused_call
+from cupy_nsa_meta import _check, _launch, fused
 from cupy_nsa_meta._status import INT32_MAX
-from fused_cases import BY_NAME, CASES, FUNCTIONS, LARGE_CASES, TABLES, Built, case, naive, random_cases
+from fused_cases import (
+    BY_NAME,
+    CASES,
+    FUNCTIONS,
+    LARGE_CASES,
+    Built,
+    case,
+    naive,
+    random_cases,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +57,6 @@ HAND_WRITTEN = {
         "cu_seqlens_k": [0, 50, 110, 180],
         "seqlens_expanded": [48, 49, 50, 56, 57, 58],
     },
-    "draft_extend_negative_absent": {},
     "draft_extend_static_broken": {"seqlens_expanded": [0, 0, 1, 5, 6, 7, 63, 64, 65, 511, 512, 513]},
     "draft_extend_kv_below_extend": {
         "seqlens_expanded": [0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 1, 2, 3, 4, 5, 0, 0],
@@ -90,7 +99,6 @@ HAND_WRITTEN = {
         "dsa_cache_seqlens": [5, 0, 9],
     },
 }  # fmt: skip
-del HAND_WRITTEN["draft_extend_negative_absent"]
 
 
 @pytest.mark.parametrize("name", HAND_WRITTEN)
@@ -170,7 +178,9 @@ def test_laws(batch, topk, next_n):
     options = {"topk": topk, "width": 96, "slack": 0, "page_size": 16}
     decode = arrays(case("decode", "law", "", seq, **options))
     verify = arrays(case("verify", "law", "", seq, next_n=next_n, **options))
-    same = arrays(case("draft_extend", "law", "", [s + next_n for s in seq], [next_n] * len(seq), **options))
+    same = arrays(
+        case("draft_extend", "law", "", [s + next_n for s in seq], [next_n] * len(seq), **options)
+    )
     ones = arrays(case("draft_extend", "law", "", seq, [1] * len(seq), **options))
     prefill = arrays(case("extend", "law", "", seq, extend, **options))
 
@@ -180,7 +190,10 @@ def test_laws(batch, topk, next_n):
             if isinstance(left[name], torch.Tensor) and left[name].shape == right[name].shape:
                 assert torch.equal(left[name], right[name]), name
     for out in (decode, verify, prefill):
-        for cu, of in (("cu_seqlens_k", "cache_seqlens"), ("dsa_cu_seqlens_k", "dsa_cache_seqlens")):
+        for cu, of in (
+            ("cu_seqlens_k", "cache_seqlens"),
+            ("dsa_cu_seqlens_k", "dsa_cache_seqlens"),
+        ):
             assert out[cu][0] == 0
             assert torch.equal(out[cu].diff(), out[of])
     assert torch.equal(prefill["ke"] - prefill["ks"], prefill["seqlens_expanded"])
@@ -194,7 +207,8 @@ def test_laws(batch, topk, next_n):
 
 def test_static_extend_len_changes_no_result():
     plain, static = (
-        arrays(BY_NAME[name]) for name in ("draft_extend_static_not_promised", "draft_extend_static")
+        arrays(BY_NAME[name])
+        for name in ("draft_extend_static_not_promised", "draft_extend_static")
     )
     for name, out in plain.items():
         if isinstance(out, torch.Tensor):
@@ -256,8 +270,8 @@ def test_debug_sync_raises(name, monkeypatch):
 
 def test_debug_sync_passes_good_batches(monkeypatch):
     monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
-    Built(BY_NAME["decode_outside_pool"]).case  # noqa: B018 - building reads no status
     Built(BY_NAME["verify_basic_ps64"]).run()
+    assert cupy_nsa_meta.last_status("cpu") == 0
 
 
 # ---- Errors -------------------------------------------------------------------------------------
@@ -437,7 +451,19 @@ def test_legal_layouts():
     empty = torch.zeros(0, dtype=torch.int32)
     one = [torch.full((1,), POISON, dtype=torch.int32) for _ in range(2)]
     FUNCTIONS["decode"](
-        empty, empty, empty.view(0, 0), empty, one[0], None, empty, one[1], empty.view(0, 0), 0, 0, 8, 64
+        empty,
+        empty,
+        empty.view(0, 0),
+        empty,
+        one[0],
+        None,
+        empty,
+        one[1],
+        empty.view(0, 0),
+        0,
+        0,
+        8,
+        64,
     )
     assert [int(n) for n in one] == [0, 0]
 
@@ -474,8 +500,6 @@ def test_positional_parameters(op):
 
 def test_geometry_stays_in_bounds():
     for item in CASES + LARGE_CASES:
-        from cpu_kernels import fused_call
-
         call = fused_call(item)
         for num_sms in (1, 20, 132):
             shape = fused.geometry(call, num_sms)
@@ -486,4 +510,97 @@ def test_geometry_stays_in_bounds():
             assert (shape.table_blocks > 0) == has_tables
             assert shape.grid(call.bs) < 2**31
     assert fused.ARGS.size <= _launch.ARGS_BYTES
-    assert TABLES == ("page_table_1", "real_page_table")
+
+
+# ---- The same call again, without a GPU: a device state that records what would be launched ------
+
+
+class RecordingState:
+    """What ``_launch.DeviceState`` is to the launch path; keeps the bytes of each launch."""
+
+    num_sms = 132
+    device = 0
+    sticky_status = 1
+
+    def __init__(self):
+        self.buffer = bytearray(_launch.ARGS_BYTES)
+        self.launched = []
+
+    def take_slot(self):
+        return self
+
+    def give_slot(self, slot):
+        pass
+
+    def launch(self, slot, stream, launches):
+        self.launched.append((bytes(self.buffer[: fused.ARGS.size]), launches))
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    state = RecordingState()
+    monkeypatch.setattr(fused, "_is_cuda", lambda tensor: isinstance(tensor, torch.Tensor))
+    monkeypatch.setattr(fused, "_runs_cuda", lambda device: True)
+    monkeypatch.setattr(_launch, "device_state", lambda device: state)
+    monkeypatch.setattr(_launch, "current_raw_stream", lambda device: 0)
+    monkeypatch.setattr(fused, "_remembered", {})
+    return state
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_a_known_call_is_not_checked_again_and_launches_the_same(op, recording, monkeypatch):
+    built = Built(BY_NAME[f"{op}_basic_ps64"])
+    built.run()
+    monkeypatch.setattr(_check, "fused", None)  # would fail
+    built.run()
+    first, second = recording.launched
+    assert first == second
+    pages_only = Built(BY_NAME[f"{op}_basic_ps64_pages_only"])
+    with pytest.raises(TypeError, match="NoneType"):
+        pages_only.run()
+
+
+CHANGES = {
+    "memory": lambda g: {"cache_seqlens": g["cache_seqlens"].clone()},
+    "stride": lambda g: {"seq_lens": torch.stack((g["seq_lens"], g["seq_lens"]), 1)[:, 0]},
+    "dtype": lambda g: {"seq_lens": g["seq_lens"].int()},
+    "scalar": lambda g: {"max_len": 700},
+    "page_size": lambda g: {"physical_page_size": 128},
+    "none": lambda g: {"page_table_1": None},
+    "other_none": lambda g: {"real_page_table": None},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_call_is_packed_anew(name, recording):
+    built = Built(BY_NAME["decode_basic_ps64"])
+    built.run()
+    built.arguments |= CHANGES[name](built.arguments)
+    built.run()
+    after_a_known_call = recording.launched[-1]
+    assert after_a_known_call != recording.launched[0]
+    fused._remembered.clear()
+    built.run()
+    assert recording.launched[-1] == after_a_known_call
+
+
+def test_a_known_object_that_has_changed_is_checked_again(recording):
+    built = Built(BY_NAME["decode_basic_ps64"])
+    built.run()
+    built.arguments["cache_seqlens"].resize_(3)
+    with pytest.raises(ValueError, match=r"cache_seqlens: expected \[>= 4\], got \[3\]"):
+        built.run()
+    built = Built(BY_NAME["decode_basic_ps64"])
+    built.run()
+    for bad, error in ((4.0, TypeError), ([4], TypeError)):
+        with pytest.raises(error, match="bs: expected an int"):
+            FUNCTIONS["decode"](**built.arguments | {"bs": bad})
+
+
+def test_few_calls_are_remembered(recording, monkeypatch):
+    monkeypatch.setattr(fused, "MAX_REMEMBERED", 3)
+    built = Built(BY_NAME["decode_basic_ps64"])
+    for width in range(20):
+        FUNCTIONS["decode"](**built.arguments | {"max_len": width})
+        assert 1 <= len(fused._remembered) <= 3
+    assert len(recording.launched) == 20
