@@ -26,9 +26,9 @@
 // Plan: inside a request the clipped lengths are an arithmetic series cut at both ends, so their
 // running sum is a closed form in j, and only the requests need a prefix sum. The first blocks write
 // the 1-D arrays: a tile of kBlockThreads requests each, whose rows are dealt out over `row_parts`
-// blocks, each of which adds up what lies before its tile by itself. The other blocks write tables:
-// `table_blocks` for each request, with no sum at all where rows are uniform. Above kOneLaunchMaxBs
-// requests fused_tiles adds up the tiles in a launch before.
+// blocks, each of which adds up what lies before its tile by itself. The other blocks write one table
+// of one request each, with no sum at all where rows are uniform. Above kOneLaunchMaxBs requests
+// fused_tiles adds up the tiles in a launch before.
 //
 // Python twin: cupy_nsa_meta/fused.py; specification: cupy_nsa_meta/reference_fused.py
 #include "common.cuh"
@@ -36,6 +36,12 @@
 namespace nsa {
 
 constexpr int kRequestsPerTile = kBlockThreads;
+// Resident blocks per multiprocessor that registers are spared for; before Ampere it may hold four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kFusedBlocksPerSm = 4;
+#else
+constexpr int kFusedBlocksPerSm = 5;
+#endif
 constexpr int kUnroll = 4;         // independent loads in flight per thread of a table block
 constexpr int kVectorColumns = 4;  // columns of one 16-byte access
 // Sums are exact up to this mark; beyond it they only have to stay above int32.
@@ -92,13 +98,15 @@ struct FusedArgs {
   int topk;
   int uniform_q;
   int kv_add;
-  int num_tiles;     // max(1, ceil(bs / kRequestsPerTile))
-  int row_parts;     // blocks per tile
-  int table_blocks;  // blocks per request
-  int table_items;   // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
+  int num_tiles;      // max(1, ceil(bs / kRequestsPerTile))
+  int row_parts;      // blocks per tile
+  int page_1_blocks;  // blocks per request, for each table; 0: not wanted
+  int real_page_blocks;
+  int flattened_blocks;
+  int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
   u32 flags;
 };
-static_assert(sizeof(FusedArgs) == 304, "cupy_nsa_meta/fused.py packs 304 bytes");
+static_assert(sizeof(FusedArgs) == 312, "cupy_nsa_meta/fused.py packs 312 bytes");
 
 __device__ __forceinline__ Lengths fused_seq_lens(const FusedArgs& args) {
   return {static_cast<const int*>(args.seq_lens), args.seq_stride, (args.flags & kFusedSeqIsInt64) != 0};
@@ -359,17 +367,15 @@ __device__ __forceinline__ i64 sum_before(const FusedArgs& args, int request, bo
   return block_sum(sum, warp_sums);
 }
 
-// One row of tokens and where it goes.
+// One row of tokens, and the rows that it is written to: `num_rows` of them, `stride` apart.
 struct TableRow {
   const int* tokens;
-  int* page_1;     // [num_rows] rows of `page_1_stride`, columns [0, n), or null
-  int* real_page;  // [num_rows] rows of `real_page_stride`, every ps-th column [0, n), or null
-  i64 page_1_stride;
-  i64 real_page_stride;
+  int* out;
+  i64 stride;
   int num_rows;
 };
 
-// Which items (vectors, or tokens) of a row a thread of a block takes: `first + k * kBlockThreads`,
+// Which items (vectors or tokens) of a row a thread of a block takes: `first + k * kBlockThreads`,
 // k < per_thread, and again `step` further on.
 struct Share {
   u32 first;
@@ -377,11 +383,8 @@ struct Share {
   u32 per_thread;  // <= kUnroll
 };
 
-// The first `vectors` vectors of a row: page_1 is there, its rows and the tokens are 16-byte aligned,
-// and a vector holds at most one page's first token.
-__device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, const Share& share,
-                                             int page_shift) {
-  const u32 page_mask = (1u << page_shift) - 1;
+// The first `vectors` vectors of a row; the tokens and all rows of `out` are 16-byte aligned.
+__device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, const Share& share) {
   for (u32 first = share.first; first < vectors; first += share.step) {
     const int4* const from = reinterpret_cast<const int4*>(row.tokens) + first;
     const u32 left = min((vectors - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
@@ -390,59 +393,42 @@ __device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, c
     for (u32 k = 0; k < kUnroll; ++k) {
       if (k < left) values[k] = from[k * kBlockThreads];
     }
-    int* page_1 = row.page_1 + static_cast<i64>(first) * kVectorColumns;
-    int* real_page = row.real_page;
+    int* out = row.out + static_cast<i64>(first) * kVectorColumns;
 #pragma unroll 1
     for (int r = 0; r < row.num_rows; ++r) {
 #pragma unroll
       for (u32 k = 0; k < kUnroll; ++k) {
-        if (k < left) reinterpret_cast<int4*>(page_1)[k * kBlockThreads] = values[k];
+        if (k < left) reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];
       }
-      page_1 += row.page_1_stride;
-      if (real_page == nullptr) continue;
-#pragma unroll
-      for (u32 k = 0; k < kUnroll; ++k) {
-        const u32 column = (first + k * kBlockThreads) * kVectorColumns;
-        if (k < left && (column & page_mask) == 0)
-          real_page[column >> page_shift] = values[k].x >> page_shift;
-      }
-      real_page += row.real_page_stride;
+      out += row.stride;
     }
   }
 }
 
-// Columns begin, begin + 2^item_shift, ... below n, one token each. With page_1, item_shift is 0;
-// without, it is page_shift, and only the tokens that begin a page are read.
-__device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 n, const Share& share,
-                                            int item_shift, int page_shift) {
-  const u32 page_mask = (1u << page_shift) - 1;
-  const u32 items = (n - begin + (1u << item_shift) - 1) >> item_shift;  // begin <= n < 2^31
-  for (u32 first = share.first; first < items; first += share.step) {
-    const u32 left = min((items - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
+// Items [begin, end) of a row, the tokens at the columns item << shift: only they are read.
+__device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 end, const Share& share,
+                                            int shift) {
+  for (u32 first = begin + share.first; first < end; first += share.step) {
+    const u32 left = min((end - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
     int values[kUnroll];
 #pragma unroll
     for (u32 k = 0; k < kUnroll; ++k) {
-      if (k < left) values[k] = __ldg(row.tokens + begin + ((first + k * kBlockThreads) << item_shift));
+      if (k < left) values[k] = __ldg(row.tokens + ((first + k * kBlockThreads) << shift));
     }
-    int* page_1 = row.page_1;
-    int* real_page = row.real_page;
+    int* out = row.out + first;
 #pragma unroll 1
     for (int r = 0; r < row.num_rows; ++r) {
 #pragma unroll
       for (u32 k = 0; k < kUnroll; ++k) {
-        const u32 column = begin + ((first + k * kBlockThreads) << item_shift);
-        if (k >= left) break;
-        if (page_1 != nullptr) page_1[column] = values[k];
-        if (real_page != nullptr && (column & page_mask) == 0) {
-          real_page[column >> page_shift] = values[k] >> page_shift;
-        }
+        if (k < left) out[k * kBlockThreads] = values[k] >> shift;
       }
-      if (page_1 != nullptr) page_1 += row.page_1_stride;
-      if (real_page != nullptr) real_page += row.real_page_stride;
+      out += row.stride;
     }
   }
 }
 
+// Block `block` of the blocks of one request: first those of page_table_1, then those of
+// real_page_table, then those of page_table_1_flattened.
 __device__ __forceinline__ void table_block(const FusedArgs& args, int request, int block) {
   __shared__ i64 warp_sums[kBlockWarps];
   const i64 seq = fused_seq_lens(args)[request];
@@ -451,85 +437,85 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
     if (block == 0 && threadIdx.x == 0) atomicMax(args.status, kRequestOutsidePool);
     return;
   }
+  TableRow row = {args.req_to_token + pool * args.token_stride, args.page_table_1, args.page_1_stride, 1};
+  int width = args.width;
+  int blocks = args.page_1_blocks;
+  int shift = 0;
+  bool flattens = false;
+  if (block >= blocks) {
+    block -= blocks;
+    blocks = args.real_page_blocks;
+    row.out = args.real_page_table;
+    row.stride = args.real_page_stride;
+    shift = args.page_shift;
+    if (block >= blocks) {
+      block -= blocks;
+      blocks = args.flattened_blocks;
+      row.out = args.page_table_1_flattened;
+      width = args.token_width;
+      shift = 0;
+      flattens = true;
+    }
+  }
+
   int ignored = 0;  // the 1-D blocks report lengths outside int32
-  const i64 kv = static_cast<i64>(cut(seq, &ignored)) + args.kv_add;
-  const int* const tokens = args.req_to_token + pool * args.token_stride;  // 64-bit: passes 2^31
+  const i64 kv = max(static_cast<i64>(cut(seq, &ignored)) + args.kv_add, static_cast<i64>(0));
+  u32 items = (static_cast<u32>(min(kv, static_cast<i64>(width))) + (1u << shift) - 1) >> shift;
   const u32 per_thread = static_cast<u32>(args.table_items);
   const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
-  const Share share = {block_first + threadIdx.x,
-                       static_cast<u32>(args.table_blocks) * per_thread * kBlockThreads, per_thread};
+  if (block_first >= items) return;  // behind the live prefix: before any sum
 
-  // Twice the same copy: into the page tables, then into the flattened table.
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    const bool flattens = pass == 1;
-    TableRow row = {tokens, nullptr, nullptr, args.page_1_stride, args.real_page_stride, 1};
-    u32 n;
-    if (flattens) {
-      if (args.page_table_1_flattened == nullptr) return;
-      n = static_cast<u32>(min(max(kv, static_cast<i64>(0)), static_cast<i64>(args.token_width)));
-    } else {
-      if (args.page_table_1 == nullptr && args.real_page_table == nullptr) continue;
-      n = static_cast<u32>(min(max(kv, static_cast<i64>(0)), static_cast<i64>(args.width)));
+  if (flattens) {
+    const i64 begin = sum_before(args, request, true, warp_sums);
+    const i64 room = args.flattened_size - begin;
+    if (room < kv) {
+      if (threadIdx.x == 0) atomicMax(args.status, kOverCapacity);
+      if (room <= 0) return;
+      items = min(items, static_cast<u32>(min(room, kInt32Max)));
     }
-    const bool is_dense = flattens || args.page_table_1 != nullptr;
-    const int item_shift = is_dense ? 0 : args.page_shift;
-    // Blocks behind the live prefix leave before any sum. In the widest reading an item is one token.
-    if (block_first << item_shift >= n) continue;
-    if (flattens) {
-      const i64 begin = sum_before(args, request, true, warp_sums);
-      const i64 room = args.flattened_size - begin;
-      if (room < static_cast<i64>(max(kv, static_cast<i64>(0)))) {
-        if (threadIdx.x == 0) atomicMax(args.status, kOverCapacity);
-        if (room <= 0) return;
-        n = min(n, static_cast<u32>(min(room, kInt32Max)));
+    row.out += begin;
+  } else {
+    i64 row_begin = request;
+    if ((args.flags & kOneRowPerRequest) == 0) {
+      i64 q = args.uniform_q;
+      if (q >= 0) {
+        row_begin = request * q;
+      } else {
+        q = query_tokens(args, request, &ignored);
+        row_begin = sum_before(args, request, false, warp_sums);
       }
-      row.page_1 = args.page_table_1_flattened + begin;
-    } else {
-      i64 row_begin = request;
-      if ((args.flags & kOneRowPerRequest) == 0) {
-        i64 q = args.uniform_q;
-        if (q >= 0) {
-          row_begin = request * q;
-        } else {
-          q = query_tokens(args, request, &ignored);
-          row_begin = sum_before(args, request, false, warp_sums);
-        }
-        if (row_begin >= args.total_len || q <= 0) continue;
-        row.num_rows = static_cast<int>(min(q, args.total_len - row_begin));
-      }
-      if (args.page_table_1 != nullptr) row.page_1 = args.page_table_1 + row_begin * args.page_1_stride;
-      if (args.real_page_table != nullptr) {
-        row.real_page = args.real_page_table + row_begin * args.real_page_stride;
-      }
+      if (row_begin >= args.total_len || q <= 0) return;
+      row.num_rows = static_cast<int>(min(q, args.total_len - row_begin));
     }
-    const bool one_page_per_vector = row.real_page == nullptr || args.page_shift >= 2;
-    const u64 misaligned = (reinterpret_cast<u64>(tokens) | reinterpret_cast<u64>(row.page_1) |
-                            (row.num_rows > 1 ? static_cast<u64>(args.page_1_stride) * sizeof(int) : 0)) &
-                           (sizeof(int4) - 1);
-    u32 begin = 0;
-    if (is_dense && one_page_per_vector && misaligned == 0) {
-      begin = n / kVectorColumns * kVectorColumns;
-      copy_vectors(row, n / kVectorColumns, share, args.page_shift);
-      // The last three columns at most are left: the first block's.
-    }
-    copy_tokens(row, begin, n, share, item_shift, args.page_shift);
-    __syncthreads();  // warp_sums is used again
+    row.out += row_begin * row.stride;
   }
+  const u64 misaligned = (reinterpret_cast<u64>(row.tokens) | reinterpret_cast<u64>(row.out) |
+                          (row.num_rows > 1 ? static_cast<u64>(row.stride) * sizeof(int) : 0)) &
+                         (sizeof(int4) - 1);
+  const Share share = {block_first + threadIdx.x, static_cast<u32>(blocks) * per_thread * kBlockThreads,
+                       per_thread};
+  u32 begin = 0;
+  if (shift == 0 && misaligned == 0) {
+    begin = items / kVectorColumns * kVectorColumns;
+    copy_vectors(row, items / kVectorColumns, share);
+  }
+  copy_tokens(row, begin, items, share, shift);  // behind vectors: three columns at most
 }
 
 }  // namespace nsa
 
-// Grid: num_tiles * row_parts blocks of 1-D arrays, then bs * table_blocks blocks of tables, which
+// Grid: num_tiles * row_parts blocks of 1-D arrays, then the blocks of tables, request by request, which
 // has to stay below 2^31; in the two-launch form after fused_tiles on the same stream.
-extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, 5) fused(const nsa::FusedArgs args) {
+extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBlocksPerSm)
+    fused(const nsa::FusedArgs args) {
   const int block = static_cast<int>(blockIdx.x);
   const int row_blocks = args.num_tiles * args.row_parts;
   if (block < row_blocks) {
     nsa::row_block(args, block / args.row_parts, block % args.row_parts);
   } else {
     const int table = block - row_blocks;
-    nsa::table_block(args, table / args.table_blocks, table % args.table_blocks);
+    const int blocks = args.page_1_blocks + args.real_page_blocks + args.flattened_blocks;
+    nsa::table_block(args, table / blocks, table % blocks);
   }
 }
 

@@ -16,8 +16,8 @@ from ._check import FusedCall, FusedOutputs
 from ._status import INT32_MAX, Status, fused_error
 from .dispatch import cuda_unavailable_reason
 
-#: ``struct FusedArgs`` of fused.cu: 22 pointers, 7 strides and 2 sizes, 13 ints, flags.
-ARGS = struct.Struct("<22Q9q13iI")
+#: ``struct FusedArgs`` of fused.cu: 22 pointers, 7 strides and 2 sizes, 15 ints, flags.
+ARGS = struct.Struct("<22Q9q15iI")
 assert ARGS.size <= _launch.ARGS_BYTES
 
 REQUESTS_PER_TILE = _launch.BLOCK_THREADS  # kRequestsPerTile
@@ -57,8 +57,14 @@ class Geometry(NamedTuple):
 
     num_tiles: int
     row_parts: int  # blocks of 1-D arrays for each tile of requests
-    table_blocks: int  # for each request; 0: no table
+    page_1_blocks: int  # for each request; 0: the table is not wanted
+    real_page_blocks: int
+    flattened_blocks: int
     table_items: int  # vectors or tokens that a thread has in flight
+
+    @property
+    def table_blocks(self) -> int:
+        return self.page_1_blocks + self.real_page_blocks + self.flattened_blocks
 
     def grid(self, bs: int) -> int:
         return self.num_tiles * self.row_parts + bs * self.table_blocks
@@ -66,28 +72,32 @@ class Geometry(NamedTuple):
 
 def geometry(call: FusedCall, num_sms: int) -> Geometry:
     """Tiles of requests, blocks over their rows, blocks over the columns of each table row."""
-    bs = call.bs
-    out = call.outputs
+    bs, out = call.bs, call.outputs
     num_tiles = max(1, -(-bs // REQUESTS_PER_TILE))
     parts = -(-max(call.total_len, call.pad_to) // (num_tiles * REQUESTS_PER_TILE))
     row_parts = max(1, min(parts, ROW_BLOCKS_PER_SM * num_sms // num_tiles))
 
-    if out.page_table_1_flattened is not None:
-        assert call.req_to_token is not None
-        items = -(-max(call.width, call.req_to_token.shape[1]) // VECTOR_COLUMNS)
-    elif out.page_table_1 is not None:
-        items = -(-call.width // VECTOR_COLUMNS)
-    elif out.real_page_table is not None:
-        items = -(-call.width // call.page_size)
-    else:
-        return Geometry(num_tiles, row_parts, 0, 1)
-    if not bs:
-        return Geometry(num_tiles, row_parts, 0, 1)
-    blocks = max(1, -(-items // REQUESTS_PER_TILE))
-    per_thread = bs * blocks // (SPREAD_BLOCKS_PER_SM * num_sms)
-    per_thread = max(1, min(per_thread, MAX_ITEMS_PER_THREAD))
-    blocks = min(-(-blocks // per_thread), max(1, MAX_BLOCKS_PER_SM * num_sms // bs))
-    return Geometry(num_tiles, row_parts, blocks, per_thread)
+    # Blocks of one item per thread, for each table.
+    page_1 = real_page = flattened = 0
+    if bs:
+        if out.page_table_1 is not None:
+            page_1 = _blocks(call.width, VECTOR_COLUMNS)
+        if out.real_page_table is not None:
+            real_page = _blocks(call.width, call.page_size)
+        if out.page_table_1_flattened is not None:
+            assert call.req_to_token is not None
+            flattened = _blocks(call.req_to_token.size(1), VECTOR_COLUMNS)
+    items = bs * (page_1 + real_page + flattened) // (SPREAD_BLOCKS_PER_SM * num_sms)
+    items = max(1, min(items, MAX_ITEMS_PER_THREAD))
+    most = max(1, MAX_BLOCKS_PER_SM * num_sms // max(bs, 1))
+    page_1, real_page, flattened = (
+        min(-(-blocks // items), most) for blocks in (page_1, real_page, flattened)
+    )
+    return Geometry(num_tiles, row_parts, page_1, real_page, flattened, items)
+
+
+def _blocks(columns: int, columns_per_item: int) -> int:
+    return max(1, -(-columns // (columns_per_item * _launch.BLOCK_THREADS)))
 
 
 def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_sums: int) -> None:
@@ -139,7 +149,9 @@ def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_
         call.kv_add,
         shape.num_tiles,
         shape.row_parts,
-        max(shape.table_blocks, 1),  # a divisor on the device
+        shape.page_1_blocks,
+        shape.real_page_blocks,
+        shape.flattened_blocks,
         shape.table_items,
         flags,
     )
