@@ -36,8 +36,9 @@
 namespace nsa {
 
 constexpr int kRequestsPerTile = kBlockThreads;
-// Resident blocks per multiprocessor that registers are spared for; before Ampere it may hold four.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+// Resident blocks per multiprocessor that registers are spared for: sm_75 holds four, and on sm_80
+// the fifth would cost a spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ <= 800
 constexpr int kFusedBlocksPerSm = 4;
 #else
 constexpr int kFusedBlocksPerSm = 5;
@@ -347,9 +348,9 @@ __device__ __forceinline__ i64 flattened_tokens(const FusedArgs& args, int idx) 
   return max(cut(fused_seq_lens(args)[idx], &ignored), 0);
 }
 
-// Sum over the requests before `request` of their query tokens or flattened tokens.
-__device__ __forceinline__ i64 sum_before(const FusedArgs& args, int request, bool of_tokens,
-                                          i64* warp_sums) {
+// This thread's share of the sum over the requests before `request` of their query tokens or
+// flattened tokens.
+__device__ __forceinline__ i64 share_before(const FusedArgs& args, int request, bool of_tokens) {
   i64 sum = 0;
   int idx_begin = 0;
   if (args.tile_sums != nullptr) {
@@ -364,7 +365,7 @@ __device__ __forceinline__ i64 sum_before(const FusedArgs& args, int request, bo
   for (int idx = idx_begin + static_cast<int>(threadIdx.x); idx < request; idx += kBlockThreads) {
     sum += of_tokens ? flattened_tokens(args, idx) : query_tokens(args, idx, &ignored);
   }
-  return block_sum(sum, warp_sums);
+  return sum;
 }
 
 // One row of tokens, and the rows that it is written to: `num_rows` of them, `stride` apart.
@@ -433,6 +434,19 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   __shared__ i64 warp_sums[kBlockWarps];
   const i64 seq = fused_seq_lens(args)[request];
   const i64 pool = fused_pool_indices(args)[request];
+  int ignored = 0;  // the 1-D blocks report the lengths
+  // One tile of requests is latency bound: its extend lengths are loaded along with what the exits
+  // below wait for, one by each thread.
+  const bool rows_vary = args.uniform_q < 0 && (args.flags & kOneRowPerRequest) == 0;
+  const bool loads_early = rows_vary && args.num_tiles == 1;
+  int q = args.uniform_q;  // lengths of query tokens fit 32 bits
+  int early = 0;
+  if (loads_early) {
+    q = static_cast<int>(query_tokens(args, request, &ignored));
+    if (static_cast<int>(threadIdx.x) < request) {
+      early = static_cast<int>(query_tokens(args, static_cast<int>(threadIdx.x), &ignored));
+    }
+  }
   if (pool < 0 || pool >= args.pool_rows) {
     if (block == 0 && threadIdx.x == 0) atomicMax(args.status, kRequestOutsidePool);
     return;
@@ -458,35 +472,31 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
     }
   }
 
-  int ignored = 0;  // the 1-D blocks report lengths outside int32
   const i64 kv = max(static_cast<i64>(cut(seq, &ignored)) + args.kv_add, static_cast<i64>(0));
   u32 items = (static_cast<u32>(min(kv, static_cast<i64>(width))) + (1u << shift) - 1) >> shift;
   const u32 per_thread = static_cast<u32>(args.table_items);
   const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
   if (block_first >= items) return;  // behind the live prefix: before any sum
 
+  if (rows_vary && !loads_early) q = static_cast<int>(query_tokens(args, request, &ignored));
+  i64 sum = 0;
+  if (flattens || rows_vary) {
+    sum = block_sum(loads_early ? early : share_before(args, request, flattens), warp_sums);
+  }
   if (flattens) {
-    const i64 begin = sum_before(args, request, true, warp_sums);
-    const i64 room = args.flattened_size - begin;
+    const i64 room = args.flattened_size - sum;
     if (room < kv) {
       if (threadIdx.x == 0) atomicMax(args.status, kOverCapacity);
       if (room <= 0) return;
       items = min(items, static_cast<u32>(min(room, kInt32Max)));
     }
-    row.out += begin;
+    row.out += sum;
+  } else if ((args.flags & kOneRowPerRequest) != 0) {
+    row.out += request * row.stride;
   } else {
-    i64 row_begin = request;
-    if ((args.flags & kOneRowPerRequest) == 0) {
-      i64 q = args.uniform_q;
-      if (q >= 0) {
-        row_begin = request * q;
-      } else {
-        q = query_tokens(args, request, &ignored);
-        row_begin = sum_before(args, request, false, warp_sums);
-      }
-      if (row_begin >= args.total_len || q <= 0) return;
-      row.num_rows = static_cast<int>(min(q, args.total_len - row_begin));
-    }
+    const i64 row_begin = rows_vary ? sum : static_cast<i64>(request) * q;
+    if (row_begin >= args.total_len || q <= 0) return;
+    row.num_rows = static_cast<int>(min(static_cast<i64>(q), args.total_len - row_begin));
     row.out += row_begin * row.stride;
   }
   const u64 misaligned = (reinterpret_cast<u64>(row.tokens) | reinterpret_cast<u64>(row.out) |

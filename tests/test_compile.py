@@ -15,7 +15,7 @@ if nvrtc.getVersion()[0] == 12:  # NVRTC 13 has dropped Volta
     ARCHITECTURES.insert(0, "sm_70")
 # Blocks of 256 threads that share the 65,536 registers of a multiprocessor.
 BLOCKS_PER_SM = {"draft_extend": draft_extend.BLOCKS_PER_SM, "fused": 5}
-BLOCKS_PER_SM_BEFORE_AMPERE = {"fused": 4}  # sm_75 holds four
+BLOCKS_PER_SM_UP_TO_SM_80 = {"fused": 4}
 MAX_STATIC_SHARED = 48 * 1024
 
 
@@ -51,8 +51,8 @@ def test_compiles_without_spills(stem, architecture):
     assert cubin[:4] == b"\x7fELF"
     found = resources(log)
     assert set(found) == set(_module.KERNELS[stem])
-    before_ampere = int(architecture.removeprefix("sm_")) < 80
-    blocks = BLOCKS_PER_SM | (BLOCKS_PER_SM_BEFORE_AMPERE if before_ampere else {})
+    is_old = int(architecture.removeprefix("sm_")) <= 80
+    blocks = BLOCKS_PER_SM | (BLOCKS_PER_SM_UP_TO_SM_80 if is_old else {})
     max_registers = 65536 // (blocks[stem] * draft_extend.BLOCK_THREADS)
     for name, used in found.items():
         assert used["spills"] == 0, name
