@@ -39,3 +39,16 @@ def debug_sync() -> bool:
     """``CUPY_NSA_META_DEBUG_SYNC=1``: every call reads its status and raises."""
     value = _read("CUPY_NSA_META_DEBUG_SYNC", b"CUPY_NSA_META_DEBUG_SYNC")
     return bool(value) and value != "0"
+
+
+SGLANG_VALUES = ("0", "1", "force")
+
+
+def sglang() -> str:
+    """``CUPY_NSA_META_SGLANG``: what the plugin for SGLang does; default ``0``, nothing."""
+    value = os.environ.get("CUPY_NSA_META_SGLANG") or "0"
+    if value not in SGLANG_VALUES:
+        raise ValueError(
+            f"CUPY_NSA_META_SGLANG: expected one of {', '.join(SGLANG_VALUES)}, got {value!r}"
+        )
+    return value
