@@ -7,20 +7,27 @@ true name, while the ``__init__`` of its parents, which needs all of SGLang, doe
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
+import tomllib
 import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 VERSION = "0.5.23"
 FILES = (
     "sglang/_version.py",
+    "sglang/kernels/ops/attention/dsa/kpool_metadata/decode.py",
+    "sglang/kernels/ops/attention/dsa/kpool_metadata/scan.py",
     "sglang/kernels/ops/attention/dsa/metadata.py",
     "sglang/kernels/ops/attention/pad.py",
     "sglang/srt/environ.py",
@@ -32,11 +39,13 @@ FILES = (
 )
 PARENTS = (
     "sglang", "sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.attention",
-    "sglang.kernels.ops.attention.dsa", "sglang.srt", "sglang.srt.layers",
-    "sglang.srt.layers.attention", "sglang.srt.layers.attention.dsa",
+    "sglang.kernels.ops.attention.dsa", "sglang.kernels.ops.attention.dsa.kpool_metadata",
+    "sglang.srt", "sglang.srt.layers", "sglang.srt.layers.attention",
+    "sglang.srt.layers.attention.dsa",
 )  # fmt: skip
 METADATA = "sglang.kernels.ops.attention.dsa.metadata"
 PAD = "sglang.kernels.ops.attention.pad"
+KPOOL = "sglang.kernels.ops.attention.dsa.kpool_metadata.decode"
 MANAGER = "sglang.srt.layers.attention.dsa.dsa_metadata_manager"
 NAMES = (
     "fused_dsa_decode_metadata",
@@ -102,10 +111,17 @@ def add_to_modules(source: Path) -> None:
 @contextlib.contextmanager
 def in_modules(source: Path) -> Iterator[None]:
     """SGLang's files importable inside, every module of it gone afterwards."""
+    with no_modules():
+        add_to_modules(source)
+        yield
+
+
+@contextlib.contextmanager
+def no_modules() -> Iterator[None]:
+    """No module of SGLang inside but what is imported there; as before afterwards."""
     before = {name: module for name, module in sys.modules.items() if is_sglang(name)}
     for name in before:
         del sys.modules[name]
-    add_to_modules(source)
     try:
         yield
     finally:
@@ -135,6 +151,10 @@ class Backend:
     def expand(self, *arguments):
         return seqlens_expand_triton(*arguments)
 """
+_KPOOL = """
+def fused_dsa_decode_metadata_kpool():
+    return "sglang"
+"""
 _PLUGINS = """
 from importlib.metadata import entry_points
 
@@ -159,9 +179,62 @@ def write_stand_in(folder: Path, parameters: dict[str, str]) -> Path:
     expand = functions.pop("seqlens_expand_triton")
     (root / "kernels/ops/attention/pad.py").write_text(expand)
     (root / "kernels/ops/attention/dsa/metadata.py").write_text("".join(functions.values()))
+    (root / "kernels/ops/attention/dsa/kpool_metadata/decode.py").write_text(_KPOOL)
     backend = _BACKEND.format(metadata=METADATA, names=", ".join(NAMES), pad=PAD)
     for name in ("early", "late"):
         (root / f"srt/layers/attention/{name}.py").write_text(backend)
     (root / "srt/plugins").mkdir()
     (root / "srt/plugins/__init__.py").write_text(_PLUGINS)
     return folder
+
+
+# ---- A worker -----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_entry_points(folder: Path) -> Path:
+    """What an installed wheel tells ``importlib.metadata``, from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = folder / f"cupy_nsa_meta-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    return folder
+
+
+def run_worker(source: Path, entry_points: Path, is_stand_in: bool) -> dict[str, Any]:
+    """Load SGLang's plugins in a spawned process, as its workers do; its status() afterwards."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_worker, args=(theirs, source, entry_points, is_stand_in))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(240), "the worker does not answer"
+        return ours.recv()
+    except EOFError:
+        raise AssertionError("the worker has died; its traceback is in stderr") from None
+    finally:
+        process.join(60)
+
+
+def _worker(connection: Any, source: Path, entry_points: Path, is_stand_in: bool) -> None:
+    sys.path.insert(0, str(entry_points))
+    if is_stand_in:
+        sys.path.insert(0, str(source))
+    else:
+        add_to_modules(source)
+    importlib.import_module("sglang.srt.plugins").load_plugins()
+    used_cuda = torch.cuda.is_initialized()
+    importlib.import_module("sglang.srt.layers.attention.late" if is_stand_in else MANAGER)
+    importlib.import_module(PAD)
+    from cupy_nsa_meta.integrations import sglang
+
+    connection.send(sglang.status() | {"used_cuda": used_cuda})
+    connection.close()
