@@ -55,6 +55,7 @@ enum FusedFlags : u32 {
   kFusedPoolIsInt64 = 4,
   kHasRowOutputs = 8,      // some array indexed by rows is wanted
   kOneRowPerRequest = 16,  // page tables have one row for each request
+  kTotalIsCapacity = 32,   // total_len bounds T, which only the lengths tell
 };
 
 // Packed by cupy_nsa_meta/fused.py, field by field in this order.
@@ -269,7 +270,8 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
   const i64 total_len = args.total_len;
   if (is_last && part == 0 && thread == 0) {
     if (row_end > kInt32Max) meet(&status, kOutsideInt32);
-    if (row_end != total_len) meet(&status, kTotalMismatch);
+    const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
+    if (may_be_less ? row_end > total_len : row_end != total_len) meet(&status, kTotalMismatch);
   }
   if ((args.flags & kHasRowOutputs) != 0) {
     shared.ends[thread] = static_cast<Sum>(min(q_upto_in_tile, kInt32Max));

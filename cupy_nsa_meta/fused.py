@@ -37,6 +37,7 @@ EXTEND_IS_INT64 = 2
 POOL_IS_INT64 = 4
 HAS_ROW_OUTPUTS = 8
 ONE_ROW_PER_REQUEST = 16
+TOTAL_IS_CAPACITY = 32
 
 #: Stands for "not given" where an alias keyword or a later default forbids leaving it out.
 REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "<required>"})()
@@ -70,23 +71,39 @@ class Geometry(NamedTuple):
         return self.num_tiles * self.row_parts + bs * self.table_blocks
 
 
+class TableUnits(NamedTuple):
+    """Blocks that each table of a request would take with one item for each thread."""
+
+    page_1: int = 0
+    real_page: int = 0
+    flattened: int = 0
+
+
+def table_units(call: FusedCall) -> TableUnits:
+    out = call.outputs
+    page_1 = real_page = flattened = 0
+    if out.page_table_1 is not None:
+        page_1 = _blocks(call.width, VECTOR_COLUMNS)
+    if out.real_page_table is not None:
+        real_page = _blocks(call.width, call.page_size)
+    if out.page_table_1_flattened is not None:
+        assert call.req_to_token is not None
+        flattened = _blocks(call.req_to_token.size(1), VECTOR_COLUMNS)
+    return TableUnits(page_1, real_page, flattened)
+
+
 def geometry(call: FusedCall, num_sms: int) -> Geometry:
     """Tiles of requests, blocks over their rows, blocks over the columns of each table row."""
-    bs, out = call.bs, call.outputs
+    return cut_up(call.bs, max(call.total_len, call.pad_to), table_units(call), num_sms)
+
+
+def cut_up(bs: int, rows: int, units: TableUnits, num_sms: int) -> Geometry:
+    """``geometry`` from sizes alone."""
     num_tiles = max(1, -(-bs // REQUESTS_PER_TILE))
-    parts = -(-max(call.total_len, call.pad_to) // (num_tiles * REQUESTS_PER_TILE))
+    parts = -(-rows // (num_tiles * REQUESTS_PER_TILE))
     row_parts = max(1, min(parts, ROW_BLOCKS_PER_SM * num_sms // num_tiles))
 
-    # Blocks of one item per thread, for each table.
-    page_1 = real_page = flattened = 0
-    if bs:
-        if out.page_table_1 is not None:
-            page_1 = _blocks(call.width, VECTOR_COLUMNS)
-        if out.real_page_table is not None:
-            real_page = _blocks(call.width, call.page_size)
-        if out.page_table_1_flattened is not None:
-            assert call.req_to_token is not None
-            flattened = _blocks(call.req_to_token.size(1), VECTOR_COLUMNS)
+    page_1, real_page, flattened = units if bs else (0, 0, 0)
     items = bs * (page_1 + real_page + flattened) // (SPREAD_BLOCKS_PER_SM * num_sms)
     items = max(1, min(items, MAX_ITEMS_PER_THREAD))
     most = max(1, MAX_BLOCKS_PER_SM * num_sms // max(bs, 1))
@@ -119,6 +136,8 @@ def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_
         flags |= HAS_ROW_OUTPUTS
     if call.one_row_per_request:
         flags |= ONE_ROW_PER_REQUEST
+    if call.total_is_capacity:
+        flags |= TOTAL_IS_CAPACITY
     ARGS.pack_into(
         buffer,
         0,

@@ -206,9 +206,9 @@ class FusedJob:
     tensors: list[torch.Tensor]  # of the first buffers; after them the status and the tile sums
 
 
-def fused_job(case: FusedCase, tiled: bool = False) -> FusedJob:
+def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
     """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
-    call = fused_call(case)
+    call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
     shape = fused.geometry(call, NUM_SMS)
     args = bytearray(fused.ARGS.size)
     fused.pack(args, call, shape, 1, 1 if tiled else 0)

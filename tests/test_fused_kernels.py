@@ -6,6 +6,7 @@ import pytest
 
 import cpu_kernels
 from cpu_kernels import HarnessError, Patch
+from cupy_nsa_meta import reference_fused
 from fused_cases import BY_NAME, CASES, FUNCTIONS, random_cases
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
@@ -36,6 +37,18 @@ def test_named_cases_plain():
 
 def test_named_cases_in_the_two_launch_form():
     run_cases(cpu_kernels.build("plain"), CASES, tiled=True)
+
+
+def test_a_total_that_only_bounds_the_rows():
+    cases = [case for case in CASES if case.op in ("draft_extend", "extend")]
+    items = [cpu_kernels.fused_job(case, total_is_capacity=True) for case in cases]
+    results = cpu_kernels.run(cpu_kernels.build("plain"), [item.job for item in items])
+    for item, buffers in zip(items, results, strict=True):
+        cpu_kernels.check_fused(item, buffers)
+    by_name = {item.case.name: int(reference_fused.metadata(item.call)) for item in items}
+    assert by_name["draft_extend_total_long"] == 0
+    assert by_name["draft_extend_total_short"] == 4
+    assert by_name["draft_extend_extend_negative"] == 2
 
 
 def test_named_cases_under_address_and_undefined_behaviour_sanitizers():
@@ -139,7 +152,7 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, old, new, report):
                      id="no_padding_behind_a_cut"),
         pytest.param("verify_aligned", "reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];\n      }\n      out += row.stride;",
                      "reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];\n      }", id="one_row_written_n_times"),
-        pytest.param("draft_extend_total_long", "if (row_end != total_len) meet(&status, kTotalMismatch);", "",
+        pytest.param("draft_extend_total_long", "row_end != total_len) meet(&status, kTotalMismatch)", "false) meet(&status, 0)",
                      id="mismatch_not_reported"),
         pytest.param("decode_outside_pool", "atomicMax(args.status, kRequestOutsidePool)", "(void)0",
                      id="request_outside_the_pool_not_reported"),
