@@ -24,6 +24,12 @@ from .fused import (
     last_status,
     seqlens_expand,
 )
+from .fused_plan import (
+    plan_fused_dsa_decode_metadata,
+    plan_fused_dsa_draft_extend_metadata,
+    plan_fused_dsa_extend_metadata,
+    plan_fused_dsa_target_verify_metadata,
+)
 
 if TYPE_CHECKING:
     from .draft_extend_triton import (
@@ -48,6 +54,10 @@ __all__ = [
     "get_kernel_info",
     "is_cuda_kernel_available",
     "last_status",
+    "plan_fused_dsa_decode_metadata",
+    "plan_fused_dsa_draft_extend_metadata",
+    "plan_fused_dsa_extend_metadata",
+    "plan_fused_dsa_target_verify_metadata",
     "seqlens_expand",
     "warmup",
 ]
