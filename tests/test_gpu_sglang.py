@@ -99,6 +99,7 @@ def test_a_real_backend_takes_ours():
     status = bridge.status()
     assert status["installed"] is True
     assert status["built_before"] == []
+    assert status["devices"][f"cuda:{torch.cuda.current_device()}"] == "CUDA C++"
 
 
 @pytest.mark.parametrize("value", ["0", "1"])

@@ -115,6 +115,11 @@ def test_status(stand_in):
     assert status["built_before"] == [f"Backend at {id(between):#x}: _fused_decode_metadata"]
 
 
+def test_status_tells_what_runs(monkeypatch):
+    monkeypatch.setattr(dispatch, "_cuda_reasons", {0: None, 1: "no NVRTC", -1: "no device"})
+    assert bridge.status()["devices"] == {"cuda:0": "CUDA C++", "cuda:1": "no NVRTC"}
+
+
 def test_without_sglang(monkeypatch):
     monkeypatch.setitem(sys.modules, "sglang", None)
     with pytest.raises(ImportError, match=rf"pip install sglang=={VERSION}"):

@@ -82,7 +82,8 @@ def install(*, force: bool = False, warm: bool = True) -> None:
         ours = REPLACEMENTS[name][1]
         if theirs is not ours:
             _originals[name] = _last_originals[name] = theirs
-        _replace(_originals[name], ours)
+        if name in _originals:
+            _replace(_originals[name], ours)
 
 
 def uninstall() -> None:
@@ -102,9 +103,11 @@ def status() -> dict[str, Any]:
     Returns:
         ``installed`` (bool); ``sglang_version`` (None: not imported here); ``functions``: for each
         name, ``"cupy_nsa_meta"`` or ``"sglang"`` (None: its module is not imported); ``modules``:
-        for each name, the modules of SGLang that hold ours; ``built_before``: objects of SGLang,
-        such as attention backends, that hold a function from before the last ``install`` or
-        ``uninstall``, each with the names of the attributes.
+        for each name, the modules of SGLang that hold ours; ``devices``: for each CUDA device that
+        ours have been called on, ``"CUDA C++"``, or why our kernels cannot run there, so that plain
+        torch does; ``built_before``: objects of SGLang, such as attention backends, that hold a
+        function from before the last ``install`` or ``uninstall``, each with the names of the
+        attributes.
 
     Walks over all objects of the process: for a look, not for a loop.
     """
@@ -125,6 +128,11 @@ def status() -> dict[str, Any]:
         "sglang_version": None if sglang is None else _version(sglang),
         "functions": functions,
         "modules": modules,
+        "devices": {
+            f"cuda:{device}": reason or "CUDA C++"
+            for device, reason in dispatch._cuda_reasons.items()
+            if device >= 0
+        },
         "built_before": _objects_holding(outdated),
     }
 
