@@ -40,8 +40,12 @@ struct Length {
   int low;
   int high;  // of an int32: its sign
 
-  __device__ __forceinline__ bool fits_int32() const { return high == low >> 31; }
+  __device__ __forceinline__ i64 value() const {
+    return static_cast<i64>(static_cast<u64>(static_cast<u32>(high)) << 32 | static_cast<u32>(low));
+  }
 };
+
+__device__ __forceinline__ bool fits_int32(i64 v) { return v >= kInt32Min && v <= kInt32Max; }
 
 struct Lengths {
   const int* words;  // little-endian: an int64 is its low word, then its high word

@@ -17,6 +17,20 @@ from .dispatch import (
 from .draft_extend import fill_draft_extend_metadata_cuda
 from .draft_extend_plan import DraftExtendPlan, plan_draft_extend_metadata
 from .draft_extend_python import fill_draft_extend_metadata_python
+from .fused import (
+    fused_dsa_decode_metadata,
+    fused_dsa_draft_extend_metadata,
+    fused_dsa_extend_metadata,
+    fused_dsa_target_verify_metadata,
+    last_status,
+    seqlens_expand,
+)
+from .fused_plan import (
+    plan_fused_dsa_decode_metadata,
+    plan_fused_dsa_draft_extend_metadata,
+    plan_fused_dsa_extend_metadata,
+    plan_fused_dsa_target_verify_metadata,
+)
 
 if TYPE_CHECKING:
     from .draft_extend_triton import (
@@ -35,9 +49,19 @@ __all__ = [
     "fill_draft_extend_metadata_fused_simple",
     "fill_draft_extend_metadata_inplace",
     "fill_draft_extend_metadata_python",
+    "fused_dsa_decode_metadata",
+    "fused_dsa_draft_extend_metadata",
+    "fused_dsa_extend_metadata",
+    "fused_dsa_target_verify_metadata",
     "get_kernel_info",
     "is_cuda_kernel_available",
+    "last_status",
     "plan_draft_extend_metadata",
+    "plan_fused_dsa_decode_metadata",
+    "plan_fused_dsa_draft_extend_metadata",
+    "plan_fused_dsa_extend_metadata",
+    "plan_fused_dsa_target_verify_metadata",
+    "seqlens_expand",
     "warmup",
 ]
 

@@ -205,14 +205,293 @@ def out_total(array: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> t
     end = begin + 8
     for name, other in zip(DraftExtendArrays, tensors, strict=True):
         at = other.data_ptr()
-        if at < end and begin < at + other.element_size() * _span(other):
+        if at < end and begin < at + _span(other):
             outside_input("out_total", tensor, name, other)
     return tensor
 
 
+class FusedOutputs(NamedTuple):
+    """The outputs of the fused family, in the order of ``struct FusedArgs``; None: not wanted."""
+
+    cache_seqlens: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    extend_start_loc: torch.Tensor | None = None
+    seqlens_expanded: torch.Tensor | None = None
+    dsa_cache_seqlens: torch.Tensor | None = None
+    dsa_cu_seqlens_k: torch.Tensor | None = None
+    token_to_batch_idx: torch.Tensor | None = None
+    ks: torch.Tensor | None = None
+    ke: torch.Tensor | None = None
+    topk_indices_offset: torch.Tensor | None = None
+    positions: torch.Tensor | None = None  # int64
+    paged_mqa_ctx_lens_2d: torch.Tensor | None = None
+    page_table_1: torch.Tensor | None = None
+    real_page_table: torch.Tensor | None = None
+    page_table_1_flattened: torch.Tensor | None = None
+
+
+class FusedCall(NamedTuple):
+    """The checked arguments of one call of the fused family."""
+
+    seq_lens: torch.Tensor
+    extend_seq_lens: torch.Tensor | None
+    req_pool_indices: torch.Tensor | None
+    req_to_token: torch.Tensor | None
+    outputs: FusedOutputs  # at page size 1 a single page table is page_table_1
+    bs: int
+    total_len: int  # rows
+    width: int  # W
+    topk: int  # clamped to int32
+    page_size: int
+    uniform_q: int  # query tokens of every request; -1: extend_seq_lens says
+    kv_add: int  # cache_seqlens - seq_lens
+    pad_to: int  # 0: no padding
+    one_row_per_request: bool  # of the page tables; else one for each row
+    device: int  # CUDA device index, -1 for the CPU
+    total_is_capacity: bool = False  # total_len bounds T, which only the device knows
+
+
+# How the outputs are laid out: 1-D outputs [0, 12) by the room that they need, then the tables.
+_PER_REQUEST, _PER_REQUEST_CU, _PER_ROW, _PER_ROW_CU, _CACHE, _CACHE_CU = range(6)
+_FUSED_ROOMS = (
+    _PER_REQUEST, _PER_REQUEST_CU, _PER_REQUEST_CU, _PER_REQUEST,
+    _PER_ROW, _CACHE, _CACHE_CU, _PER_ROW, _PER_ROW, _PER_ROW, _PER_ROW, _PER_ROW,
+)  # fmt: skip
+_POSITIONS = FusedOutputs._fields.index("positions")
+_MAX_PAGE_SIZE = 256
+
+
+def fused(call: FusedCall, width_name: str) -> FusedCall:
+    """Check the tensors and sizes of a call of the fused family against each other.
+
+    ``width_name`` is what the caller knows W as. ``topk``, ``page_size`` and the aliasing of the
+    two page tables at page size 1 come back settled, the device index filled in.
+    """
+    seq_lens, extend, pool, tokens, out, bs, total_len, width = call[:8]
+    topk, page_size, uniform_q = call.topk, call.page_size, call.uniform_q
+    if type(bs) is not int or bs < 0 or bs > INT32_MAX:
+        bs = integer("bs", bs, 0, INT32_MAX)
+    if type(total_len) is not int or total_len < 0 or total_len > INT32_MAX:
+        total_len = integer("total_len", total_len, 0, INT32_MAX)
+    if type(width) is not int or width < 0:
+        width = integer(width_name, width, 0)
+    if type(topk) is not int or topk < 1:
+        topk = integer("dsa_index_topk", topk, 1)
+    if type(page_size) is not int or page_size not in _PAGE_SIZES:
+        page_size = integer("physical_page_size", page_size, 1)
+        if page_size not in _PAGE_SIZES:
+            raise ValueError(
+                f"physical_page_size: expected a power of two in [1, {_MAX_PAGE_SIZE}], "
+                f"got {page_size}"
+            )
+
+    _require_tensor("seq_lens", seq_lens)
+    device = seq_lens.get_device()
+    # Memory that is read, and memory that is written: (begin, end) in bytes.
+    begins, ends = [], []
+    for name, tensor in (
+        ("seq_lens", seq_lens),
+        ("extend_seq_lens", extend),
+        ("req_pool_indices", pool),
+    ):
+        if tensor is None:
+            continue
+        _require_tensor(name, tensor)
+        if lengths(name, tensor) < bs:
+            raise ValueError(f"{name}: expected [>= {bs}] (bs), got [{tensor.numel()}]")
+        if tensor.get_device() != device:
+            same_device(seq_lens=seq_lens, **{name: tensor})
+        begins.append(begin := tensor.data_ptr())
+        ends.append(begin + _span(tensor))
+
+    padded = call.pad_to or total_len
+    rooms = (bs, bs + 1, total_len, total_len + 1, padded, padded + 1)
+    position = -1
+    for tensor, room in zip(out, _FUSED_ROOMS, strict=False):
+        position += 1
+        if tensor is None:
+            continue
+        if (
+            not isinstance(tensor, _Tensor)
+            or tensor.dtype is not (_int32 if position != _POSITIONS else _int64)
+            or tensor.dim() != 1
+            or not tensor.is_contiguous()
+            or (elements := tensor.numel()) < rooms[room]
+            or tensor.get_device() != device
+        ):
+            _explain_output(position, tensor, rooms[room], seq_lens)
+        begins.append(begin := tensor.data_ptr())
+        ends.append(begin + (elements << (2 if position != _POSITIONS else 3)))
+
+    page_1, real_page, flattened = out[13:]
+    if out.paged_mqa_ctx_lens_2d is not None:
+        table("paged_mqa_ctx_lens_2d", out.paged_mqa_ctx_lens_2d, bs, uniform_q, "next_n")
+        _place("paged_mqa_ctx_lens_2d", out.paged_mqa_ctx_lens_2d, seq_lens, device, begins, ends)
+    if flattened is not None:
+        _require_tensor("page_table_1_flattened", flattened)
+        output("page_table_1_flattened", flattened)
+        _place("page_table_1_flattened", flattened, seq_lens, device, begins, ends)
+    if tokens is not None:
+        table("req_to_token", tokens, 0, width, width_name, written=False)
+        _place("req_to_token", tokens, seq_lens, device, begins, ends)
+    if page_1 is not None or real_page is not None:
+        rows = bs if call.one_row_per_request else total_len
+        if page_1 is not None:
+            table("page_table_1", page_1, rows, width, width_name)
+            _place("page_table_1", page_1, seq_lens, device, begins, ends)
+        if real_page is not None:
+            pages = -(-width // page_size)
+            table("real_page_table", real_page, rows, pages, f"{width_name} / physical_page_size")
+            if (
+                page_size == 1
+                and page_1 is not None
+                and page_1.data_ptr() == real_page.data_ptr()
+                and page_1.stride(0) == real_page.stride(0)
+            ):
+                out = out._replace(real_page_table=None)
+            elif page_size == 1 and page_1 is None:
+                out = out._replace(page_table_1=real_page, real_page_table=None)
+                _place("real_page_table", real_page, seq_lens, device, begins, ends)
+            else:
+                _place("real_page_table", real_page, seq_lens, device, begins, ends)
+    if device < 0:  # the CPU, or anything that has no index
+        named = {"seq_lens": seq_lens, "extend_seq_lens": extend, "req_pool_indices": pool}
+        named |= {"req_to_token": tokens} | call.outputs._asdict()
+        same_device(**{name: tensor for name, tensor in named.items() if tensor is not None})
+    elif not seq_lens.is_cuda:
+        same_device(seq_lens=seq_lens)
+
+    # Spans apart from each other: each ends before the next begins.
+    by_begin, by_end = sorted(begins), sorted(ends)
+    for end, begin in zip(by_end, by_begin[1:], strict=False):
+        if end > begin:
+            _explain_overlap(seq_lens, extend, pool, tokens, out)
+            break
+    return FusedCall(
+        seq_lens, extend, pool, tokens, out, bs, total_len, width,
+        topk if topk <= INT32_MAX else INT32_MAX, page_size, uniform_q, call.kv_add, call.pad_to,
+        call.one_row_per_request, device, call.total_is_capacity,
+    )  # fmt: skip
+
+
+_PAGE_SIZES = frozenset(1 << shift for shift in range(_MAX_PAGE_SIZE.bit_length()))
+
+
+def _require_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, _Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+
+
+def _explain_output(position: int, tensor: Any, room: int, seq_lens: torch.Tensor) -> None:
+    """Raise for what is wrong with a 1-D output."""
+    name = FusedOutputs._fields[position]
+    _require_tensor(name, tensor)
+    elements = output(name, tensor, _int64 if position == _POSITIONS else _int32)
+    if elements < room:
+        raise ValueError(f"{name}: expected [>= {room}], got [{elements}]")
+    same_device(seq_lens=seq_lens, **{name: tensor})
+
+
+def table(
+    name: str, tensor: Any, rows: int, columns: int, columns_name: str, written: bool = True
+) -> None:
+    """An int32 table with unit column stride and room for ``rows`` x ``columns``."""
+    _require_tensor(name, tensor)
+    if tensor.dtype is not _int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+    if tensor.dim() != 2:
+        raise ValueError(f"{name}: expected a 2-D tensor, got shape {list(tensor.shape)}")
+    num_rows, num_columns = tensor.shape
+    if num_rows < rows or num_columns < columns:
+        raise ValueError(
+            f"{name}: expected [>= {rows}, >= {columns}] (columns: {columns_name}), "
+            f"got [{num_rows}, {num_columns}]"
+        )
+    row_stride, column_stride = tensor.stride()
+    if column_stride != 1 and num_columns > 1 and num_rows:
+        raise ValueError(f"{name}: expected column stride 1, got {column_stride}")
+    if written and row_stride < columns and rows > 1:
+        raise ValueError(
+            f"{name}: expected rows that do not overlap (row stride >= {columns}), "
+            f"got row stride {row_stride}"
+        )
+
+
 def _span(tensor: torch.Tensor) -> int:
-    """Elements from the first to the last one of a 1-D tensor, those between included."""
-    return (tensor.numel() - 1) * tensor.stride()[0] + 1
+    """Bytes from a tensor's first element to the end of its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _place(
+    name: str,
+    tensor: torch.Tensor,
+    seq_lens: torch.Tensor,
+    device: int,
+    begins: list[int],
+    ends: list[int],
+) -> None:
+    if tensor.get_device() != device:
+        same_device(seq_lens=seq_lens, **{name: tensor})
+    begin = tensor.data_ptr()
+    begins.append(begin)
+    ends.append(begin + _span(tensor))
+
+
+def _explain_overlap(
+    seq_lens: torch.Tensor,
+    extend: torch.Tensor | None,
+    pool: torch.Tensor | None,
+    tokens: torch.Tensor | None,
+    out: FusedOutputs,
+) -> None:
+    """Raise where an output shares a byte with another tensor; inputs may share with each other."""
+    inputs = {
+        "seq_lens": seq_lens,
+        "extend_seq_lens": extend,
+        "req_pool_indices": pool,
+        "req_to_token": tokens,
+    }
+    others = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    for name, tensor in out._asdict().items():
+        if tensor is None:
+            continue
+        for other_name, other in others.items():
+            if shares_bytes(tensor, other):
+                raise overlap_error(name, other_name)
+        others[name] = tensor
+
+
+def shares_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two 1-D or 2-D tensors have a byte in common; exact for any strides."""
+    if not a.numel() or not b.numel():
+        return False  # no elements, no overlap: zero-size tensors may share a pointer
+    if a.data_ptr() + _span(a) <= b.data_ptr() or b.data_ptr() + _span(b) <= a.data_ptr():
+        return False
+    a_begin, a_size = _pieces(a)
+    b_begin, b_size = _pieces(b)
+    # The last piece of b that begins before each piece of a ends: b's pieces all have one length.
+    before = numpy.searchsorted(b_begin, a_begin + a_size, side="left") - 1
+    return bool(numpy.any((before >= 0) & (b_begin[before] + b_size > a_begin)))
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[Any, int]:
+    """The pieces that a tensor is made of: their sorted begins in bytes, and the bytes of each.
+
+    A piece is a row where the last stride is 1, else an element.
+    """
+    size = tensor.element_size()
+    dims = [(n, step * size) for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
+    piece = size
+    if dims[-1][1] == size:
+        piece = dims.pop()[0] * size
+    begins = numpy.array([tensor.data_ptr()], dtype=numpy.int64)
+    for n, step in dims:
+        begins = (begins[:, None] + numpy.arange(n, dtype=numpy.int64) * step).ravel()
+    return numpy.sort(begins), piece
 
 
 def lengths(name: str, tensor: torch.Tensor) -> int:
@@ -225,10 +504,10 @@ def lengths(name: str, tensor: torch.Tensor) -> int:
     return tensor.numel()
 
 
-def output(name: str, tensor: torch.Tensor) -> int:
-    """An output: 1-D, int32, contiguous. Returns its number of elements."""
-    if tensor.dtype is not _int32:
-        raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+def output(name: str, tensor: torch.Tensor, dtype: torch.dtype = _int32) -> int:
+    """An output: 1-D, int32 mostly, contiguous. Returns its number of elements."""
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
     if tensor.dim() != 1:
         raise ValueError(f"{name}: expected a 1-D tensor, got shape {list(tensor.shape)}")
     if not tensor.is_contiguous():
@@ -239,12 +518,14 @@ def output(name: str, tensor: torch.Tensor) -> int:
     return tensor.numel()
 
 
-def integer(name: str, value: Any, lowest: int) -> int:
-    """A Python or NumPy integer >= ``lowest``; a bool is not an int here."""
+def integer(name: str, value: Any, lowest: int, highest: int | None = None) -> int:
+    """A Python or NumPy integer in [lowest, highest]; a bool is not an int here."""
     if isinstance(value, bool) or not isinstance(value, (int, numpy.integer)):
         raise TypeError(f"{name}: expected an int >= {lowest}, got {type(value).__name__}")
     if value < lowest:
         raise ValueError(f"{name}: expected an int >= {lowest}, got {value}")
+    if highest is not None and value > highest:
+        raise ValueError(f"{name}: expected an int <= {highest}, got {value}")
     return int(value)
 
 

@@ -44,3 +44,16 @@ def debug_sync() -> bool:
 def graph_cache() -> bool:
     """``CUPY_NSA_META_GRAPH_CACHE=0``: the drop-in call captures and reuses no launches."""
     return _read("CUPY_NSA_META_GRAPH_CACHE", b"CUPY_NSA_META_GRAPH_CACHE") != "0"
+
+
+SGLANG_VALUES = ("0", "1", "force")
+
+
+def sglang() -> str:
+    """``CUPY_NSA_META_SGLANG``: what the plugin for SGLang does; default ``0``, nothing."""
+    value = os.environ.get("CUPY_NSA_META_SGLANG") or "0"
+    if value not in SGLANG_VALUES:
+        raise ValueError(
+            f"CUPY_NSA_META_SGLANG: expected one of {', '.join(SGLANG_VALUES)}, got {value!r}"
+        )
+    return value

@@ -17,6 +17,7 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from itertools import count
 from time import perf_counter_ns
 from typing import Any
@@ -84,10 +85,9 @@ class DeviceState:
         self._launch_kernel = cupy.cuda.driver.launchKernel
         self._driver_error = cupy.cuda.driver.CUDADriverError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        self.kernels: dict[str, Any] = {}
-        for stem in _module.KERNELS:
-            self.kernels.update(_module.load(stem, device))
-        self._functions = {name: kernel.ptr for name, kernel in self.kernels.items()}
+        self.stems: set[str] = set()  # of the source files whose kernels are loaded
+        self._kernels: dict[str, Any] = {}
+        self._functions: dict[str, int] = {}
         with cupy.cuda.Device(device), relaxed_capture():
             num_bytes = NUM_SLOTS * SLOT_BYTES
             flags = self.runtime.hostAllocMapped | self.runtime.hostAllocPortable
@@ -97,10 +97,18 @@ class DeviceState:
         memory = (ctypes.c_char * num_bytes).from_address(self._base)
         ctypes.memset(self._base, 0, num_bytes)
         self.words = memoryview(memory).cast("B").cast("Q")
+        self.sticky_status = status_word(device).data_ptr()
         self._next_slot = count()
         self.slots_made = 0
         self._free: deque[Slot] = deque()
         self._retired: deque[Slot] = deque()
+
+    def load(self, stem: str) -> None:
+        """Compile and load the kernels of ``cuda_src/<stem>.cu``, once."""
+        kernels = _module.load(stem, self.device)
+        self._kernels.update(kernels)
+        self._functions.update({name: kernel.ptr for name, kernel in kernels.items()})
+        self.stems.add(stem)
 
     def take_slot(self) -> Slot:
         """A slot that no other call uses; give it back only once its word has been read."""
@@ -219,14 +227,42 @@ def _libcuda() -> ctypes.CDLL:
     return _libcuda_handle
 
 
+_status_words: dict[int, torch.Tensor] = {}
+_status_lock = threading.Lock()
+
+
+def status_word(device: int) -> torch.Tensor:
+    """The sticky status of a device (-1: the CPU), int32 [1]; kept until the process ends."""
+    word = _status_words.get(device)
+    if word is None:
+        if device >= 0 and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cupy_nsa_meta: nothing has run on this device yet, and its status word cannot be "
+                "allocated while a CUDA graph is being captured; make one call before"
+            )
+        with _status_lock:
+            word = _status_words.get(device)
+            if word is None:
+                place = torch.device("cuda", device) if device >= 0 else torch.device("cpu")
+                with relaxed_capture() if device >= 0 else nullcontext():
+                    word = torch.zeros(1, dtype=torch.int32, device=place)
+                    if device >= 0:  # the first user may be on another stream
+                        torch.cuda.current_stream(device).synchronize()
+                _status_words[device] = word
+    return word
+
+
 _states: dict[int, DeviceState] = {}
 _states_lock = threading.Lock()
 
 
-def device_state(device: int) -> DeviceState:
-    """The state of a device; made at the first call, which compiles and allocates."""
+def device_state(device: int, stem: str = "draft_extend") -> DeviceState:
+    """The state of a device, with the kernels of one source file loaded.
+
+    The first call of a device allocates, the first of a file compiles.
+    """
     state = _states.get(device)
-    if state is None:
+    if state is None or stem not in state.stems:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "cupy_nsa_meta: the kernels are not compiled yet, and compiling is not allowed "
@@ -236,5 +272,7 @@ def device_state(device: int) -> DeviceState:
             state = _states.get(device)
             if state is None:
                 state = DeviceState(device)
-                _states[device] = state
+            if stem not in state.stems:
+                state.load(stem)
+            _states[device] = state
     return state

@@ -230,4 +230,7 @@ def warmup(device: int | torch.device | str | None = None) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("cupy_nsa_meta.warmup: not allowed while a CUDA graph is being captured")
+    from . import fused  # which chooses its backend with this module
+
     draft_extend.warm(index)
+    fused.warm(index)

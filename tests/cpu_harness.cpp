@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "draft_extend.cu"
+#include "fused.cu"
 
 namespace {
 
@@ -40,6 +41,8 @@ const std::map<std::string, Kernel> kKernels = {
     {"draft_extend_large", wrap(draft_extend_large)},
     {"draft_extend_tiles", wrap(draft_extend_tiles)},
     {"draft_extend_tiled", wrap(draft_extend_tiled)},
+    {"fused", wrap(fused)},
+    {"fused_tiles", wrap(fused_tiles)},
 };
 
 void read_exactly(void* to, std::size_t size) {

@@ -13,14 +13,16 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from cases import POISON, Case, Expected
-from cupy_nsa_meta import _check, _module, draft_extend
-from cupy_nsa_meta._check import DraftExtendKey
+from cupy_nsa_meta import _check, _module, draft_extend, fused, reference_fused
+from cupy_nsa_meta._check import DraftExtendKey, FusedCall
+from fused_cases import Built, FusedCase
 
 TESTS = Path(__file__).resolve().parent
 NUM_SMS = 1  # six blocks at most: they run one after another, and large batches reach quad mode
@@ -195,8 +197,8 @@ def _storage(tensor: torch.Tensor) -> bytes:
     """The bytes from a strided tensor's first element to the end of its last."""
     if not tensor.numel():
         return b""
-    base = tensor.as_strided(((tensor.numel() - 1) * tensor.stride(0) + 1,), (1,))
-    return base.numpy().tobytes()
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((last + 1,), (1,)).numpy().tobytes()
 
 
 def check_draft_extend(case: Case, expected: Expected, buffers: list[bytes]) -> None:
@@ -217,3 +219,69 @@ def check_draft_extend(case: Case, expected: Expected, buffers: list[bytes]) -> 
     extend, seq = case.lengths()
     assert buffers[EXTEND] == _storage(extend), f"{case.name}: the input was written"
     assert buffers[SEQ] == _storage(seq), f"{case.name}: the input was written"
+
+
+# ---- The fused family ---------------------------------------------------------------------------
+
+NUM_FUSED_POINTERS = 22  # at the front of struct FusedArgs: inputs, outputs, status, tile_sums
+FUSED_INPUTS = 4
+
+
+def fused_call(case: FusedCase) -> FusedCall:
+    """The checked call that a case's public function would enqueue."""
+    calls: list[FusedCall] = []
+    with mock.patch.object(fused, "_run", lambda call, facts: calls.append(call)):
+        Built(case).run()
+    return calls[0]
+
+
+@dataclass
+class FusedJob:
+    case: FusedCase
+    call: FusedCall
+    job: Job
+    tensors: list[torch.Tensor]  # of the first buffers; after them the status and the tile sums
+
+
+def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
+    """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
+    call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
+    shape = fused.geometry(call, NUM_SMS)
+    args = bytearray(fused.ARGS.size)
+    fused.pack(args, call, shape, 1, 1 if tiled else 0)
+    pointers: list[tuple[int, int, int]] = []
+    tensors: list[torch.Tensor] = []
+    for position, tensor in enumerate((*call[:FUSED_INPUTS], *call.outputs)):
+        if struct.unpack_from("<Q", args, 8 * position)[0]:
+            pointers.append((8 * position, len(tensors), 0))
+            tensors.append(tensor)
+    buffers = [Buffer(_storage(tensor), tensor.data_ptr() % 16) for tensor in tensors]
+    pointers.append((8 * (NUM_FUSED_POINTERS - 2), len(buffers), 0))
+    buffers.append(Buffer(bytes(4)))
+    if tiled:
+        pointers.append((8 * (NUM_FUSED_POINTERS - 1), len(buffers), 0))
+        buffers.append(Buffer(b"\x55" * (8 * fused.NUM_TILE_SUMS * shape.num_tiles)))
+    job = Job(buffers, bytes(args), pointers, fused.launches(call, shape, tiled))
+    return FusedJob(case, call, job, tensors)
+
+
+def check_fused(item: FusedJob, buffers: list[bytes]) -> None:
+    """Every byte of every buffer of a job, and the status, are what the reference says."""
+    status = int(reference_fused.metadata(item.call))
+    names = {
+        tensor.data_ptr(): name
+        for name, tensor in (item.call._asdict() | item.call.outputs._asdict()).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    for tensor, got in zip(item.tensors, buffers, strict=False):
+        wanted = _storage(tensor)
+        if got != wanted:
+            name = names[tensor.data_ptr()]
+            dtype = np.int64 if tensor.dtype == torch.int64 else np.int32
+            np.testing.assert_array_equal(
+                np.frombuffer(got, dtype),
+                np.frombuffer(wanted, dtype),
+                err_msg=f"{item.case.name}: {name}",
+            )
+    got_status = int.from_bytes(buffers[len(item.tensors)], "little")
+    assert got_status == status, f"{item.case.name}: status {got_status}, expected {status}"

@@ -4,6 +4,7 @@
 // from block to block, which shows a block that reads shared memory it has not written.
 #pragma once
 
+#include <atomic>
 #include <barrier>
 #include <cstddef>
 #include <cstdint>
@@ -38,6 +39,13 @@ inline T max(T a, T b) {
 template <class T>
 inline T __ldg(const T* at) {
   return *at;
+}
+inline int atomicMax(int* at, int value) {
+  std::atomic_ref<int> word(*at);
+  int old = word.load();
+  while (old < value && !word.compare_exchange_weak(old, value)) {
+  }
+  return old;
 }
 
 namespace cuda_on_cpu {

@@ -47,6 +47,11 @@ def check_wheel(wheel: Path, folder: Path) -> None:
         names = archive.namelist()
     assert {Path(n).name for n in names if n.startswith("cupy_nsa_meta/cuda_src/")} == sources()
     assert "cupy_nsa_meta/py.typed" in names
+    (entry_points,) = (n for n in names if n.endswith(".dist-info/entry_points.txt"))
+    assert (folder / entry_points).read_text().split("\n\n")[0].splitlines() == [
+        "[sglang.srt.plugins]",
+        "cupy_nsa_meta = cupy_nsa_meta.integrations.sglang:plugin",
+    ]
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "cuda_src"))]
     # Imported from there, with the checkout out of reach, the sources are found and are the same.
     done = subprocess.run(

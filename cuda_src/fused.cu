@@ -1,0 +1,556 @@
+// fused: every metadata array that a forward pass needs, from the lengths and the token table.
+//
+// One program serves decode, target-verify, draft-extend and EXTEND; an output whose pointer is null
+// is not computed. Request i has
+//   kv_i = seq_lens[i] + kv_add            KV length
+//   q_i  = uniform_q, or extend_seq_lens[i]  query tokens (uniform_q < 0: read them)
+//   begin_i = the sum of q before i        its first output row
+// and for row r = begin_i + j, 0 <= j < q_i:
+//   expanded = max(kv_i - q_i + 1 + j, 0)
+//   clipped  = min(expanded, topk)
+//
+//   per request, [0, bs)               per row, [0, R), R = min(T, total_len)
+//   cache_seqlens          kv          seqlens_expanded       expanded
+//   cu_seqlens_k   [1 + i] sum of kv   dsa_cache_seqlens      clipped; 0 in [R, pad_to)
+//   cu_seqlens_q   [1 + i] sum of q    dsa_cu_seqlens_k [1+r] sum of clipped; flat up to 1 + pad_to
+//   extend_start_loc       begin       token_to_batch_idx     i
+//   paged_mqa_ctx_lens_2d [i, j] kv    ks, topk_indices_offset   sum of kv before i
+//                                      ke                     ks + expanded
+//                                      positions (int64)      kv - q + j
+//   page_table_1    [row, c]      = req_to_token[req_pool_indices[i], c]           c < min(kv_i, width)
+//   real_page_table [row, c / ps] = the same / ps, where c % ps == 0
+//   page_table_1_flattened        = the same without gaps, c < min(max(seq, 0), token_width)
+// Table rows: one for each row r, or with kOneRowPerRequest one for each request. Element 0 of every
+// cu_* array is 0. A value outside int32 is cut to its range and reported.
+//
+// Plan: inside a request the clipped lengths are an arithmetic series cut at both ends, so their
+// running sum is a closed form in j, and only the requests need a prefix sum. The first blocks write
+// the 1-D arrays: a tile of kBlockThreads requests each, whose rows are dealt out over `row_parts`
+// blocks, each of which adds up what lies before its tile by itself. The other blocks write one table
+// of one request each, with no sum at all where rows are uniform. Above kOneLaunchMaxBs requests
+// fused_tiles adds up the tiles in a launch before.
+//
+// Python twin: cupy_nsa_meta/fused.py; specification: cupy_nsa_meta/reference_fused.py
+#include "common.cuh"
+
+namespace nsa {
+
+constexpr int kRequestsPerTile = kBlockThreads;
+// Resident blocks per multiprocessor that registers are spared for: sm_75 holds four; on sm_80 and sm_100
+// the fifth would cost a spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ <= 800 || __CUDA_ARCH__ / 10 == 100)
+constexpr int kFusedBlocksPerSm = 4;
+#else
+constexpr int kFusedBlocksPerSm = 5;
+#endif
+constexpr int kUnroll = 4;         // independent loads in flight per thread of a table block
+constexpr int kVectorColumns = 4;  // columns of one 16-byte access
+// Sums are exact up to this mark; beyond it they only have to stay above int32.
+constexpr i64 kBeyondInt32 = kInt32Max + 1;
+constexpr int kRequestOutsidePool = 5;  // status, beside those of common.cuh
+
+enum FusedFlags : u32 {
+  kFusedSeqIsInt64 = 1,
+  kFusedExtendIsInt64 = 2,
+  kFusedPoolIsInt64 = 4,
+  kHasRowOutputs = 8,      // some array indexed by rows is wanted
+  kOneRowPerRequest = 16,  // page tables have one row for each request
+  kTotalIsCapacity = 32,   // total_len bounds T, which only the lengths tell
+};
+
+// Packed by cupy_nsa_meta/fused.py, field by field in this order.
+struct FusedArgs {
+  const void* seq_lens;          // [bs]
+  const void* extend_seq_lens;   // [bs] or null
+  const void* req_pool_indices;  // [bs] or null
+  const int* req_to_token;       // [pool_rows, token_width] or null
+  int* cache_seqlens;
+  int* cu_seqlens_k;
+  int* cu_seqlens_q;
+  int* extend_start_loc;
+  int* seqlens_expanded;
+  int* dsa_cache_seqlens;
+  int* dsa_cu_seqlens_k;
+  int* token_to_batch_idx;
+  int* ks;
+  int* ke;
+  int* topk_indices_offset;
+  i64* positions;
+  int* paged_mqa_ctx_lens_2d;
+  int* page_table_1;
+  int* real_page_table;
+  int* page_table_1_flattened;
+  int* status;     // [1], raised to the largest status met
+  i64* tile_sums;  // [kTileSums, num_tiles] scratch of the two-launch form, else null
+  i64 seq_stride;
+  i64 extend_stride;
+  i64 pool_stride;
+  i64 token_stride;  // between rows of req_to_token
+  i64 page_1_stride;
+  i64 real_page_stride;
+  i64 mqa_stride;
+  i64 flattened_size;
+  i64 pool_rows;
+  int token_width;
+  int bs;
+  int total_len;
+  int pad_to;      // 0: no padding
+  int width;       // columns of page_table_1
+  int page_shift;  // log2 of the page size
+  int topk;
+  int uniform_q;
+  int kv_add;
+  int num_tiles;      // max(1, ceil(bs / kRequestsPerTile))
+  int row_parts;      // blocks per tile
+  int page_1_blocks;  // blocks per request, for each table; 0: not wanted
+  int real_page_blocks;
+  int flattened_blocks;
+  int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
+  u32 flags;
+};
+static_assert(sizeof(FusedArgs) == 312, "cupy_nsa_meta/fused.py packs 312 bytes");
+
+__device__ __forceinline__ Lengths fused_seq_lens(const FusedArgs& args) {
+  return {static_cast<const int*>(args.seq_lens), args.seq_stride, (args.flags & kFusedSeqIsInt64) != 0};
+}
+
+__device__ __forceinline__ Lengths fused_extend_lens(const FusedArgs& args) {
+  return {static_cast<const int*>(args.extend_seq_lens), args.extend_stride,
+          (args.flags & kFusedExtendIsInt64) != 0};
+}
+
+__device__ __forceinline__ Lengths fused_pool_indices(const FusedArgs& args) {
+  return {static_cast<const int*>(args.req_pool_indices), args.pool_stride,
+          (args.flags & kFusedPoolIsInt64) != 0};
+}
+
+// Raises *status; every error of the device data ends here, so it is never a barrier's business.
+__device__ __forceinline__ void meet(int* status, int met) { *status = max(*status, met); }
+
+// `value` cut to int32, with the status of the cut.
+__device__ __forceinline__ int cut(i64 value, int* status) {
+  if (fits_int32(value)) return static_cast<int>(value);
+  meet(status, kOutsideInt32);
+  return static_cast<int>(value < 0 ? kInt32Min : kInt32Max);
+}
+
+// Query tokens of request idx, >= 0.
+__device__ __forceinline__ i64 query_tokens(const FusedArgs& args, int idx, int* status) {
+  if (args.extend_seq_lens == nullptr) return args.uniform_q;
+  const i64 extend = fused_extend_lens(args)[idx].value();
+  if (extend < 0) meet(status, kNegativeExtend);
+  const i64 q = max(static_cast<i64>(cut(extend, status)), static_cast<i64>(0));
+  if (args.uniform_q < 0) return q;
+  if (extend != args.uniform_q) meet(status, kTotalMismatch);  // equal lengths were promised
+  return args.uniform_q;
+}
+
+// Sum of min(max(first + j, 0), topk) over j in [0, count). The values 0, then an arithmetic series,
+// then topk: with count, topk < 2^31 no product passes 2^63.
+__device__ __forceinline__ i64 clipped_sum(i64 first, i64 count, i64 topk) {
+  const i64 rise_begin = min(max(-first, static_cast<i64>(0)), count);
+  const i64 rise_end = min(max(topk - first, rise_begin), count);
+  const i64 rise = (rise_end - rise_begin) * (2 * first + rise_begin + rise_end - 1) / 2;
+  return rise + (count - rise_end) * topk;
+}
+
+// What the requests before some place add up to.
+struct Sums {
+  i64 kv;  // exact and signed: a negative length counts as what it is, as in a cumsum
+  i64 q;
+  i64 clipped;  // of each request at most kBeyondInt32
+};
+
+__device__ __forceinline__ Sums add(const Sums& a, const Sums& b) {
+  return {a.kv + b.kv, a.q + b.q, a.clipped + b.clipped};
+}
+
+__device__ __forceinline__ Sums request_sums(const FusedArgs& args, int idx, int* status) {
+  const i64 q = query_tokens(args, idx, status);
+  const i64 kv = static_cast<i64>(cut(fused_seq_lens(args)[idx].value(), status)) + args.kv_add;
+  return {kv, q, min(clipped_sum(kv - q + 1, q, args.topk), kBeyondInt32)};
+}
+
+enum TileSum { kTileKv, kTileQ, kTileClipped, kTileTokens, kTileSums };
+
+// ---- Blocks of 1-D arrays -----------------------------------------------------------------------
+
+// The requests of a tile, as its rows need them.
+struct FusedTile {
+  u32 ends[kRequestsPerTile];                // rows of the tile up to and with the request; cut to int32
+  i64 first[kRequestsPerTile + 1];           // kv - q + 1: the length that row j = 0 would see unclamped
+  i64 kv_before[kRequestsPerTile];           // sums over all requests before this one
+  i64 clipped_before[kRequestsPerTile + 1];  // entry `count`: with the whole tile
+  Sums warp_totals[kBlockWarps];             // of the tile
+  Sums warp_before[kBlockWarps];             // of what lies before the tile
+};
+static_assert(sizeof(FusedTile) <= 48 * 1024, "static shared memory limit");
+
+// This thread's share of the requests before the tile.
+__device__ __forceinline__ Sums sums_before_tile(const FusedArgs& args, int tile) {
+  Sums sums = {0, 0, 0};
+  if (args.tile_sums != nullptr) {
+    const i64 num_tiles = args.num_tiles;
+    for (int other = threadIdx.x; other < tile; other += kBlockThreads) {
+      sums =
+          add(sums, {args.tile_sums[kTileKv * num_tiles + other], args.tile_sums[kTileQ * num_tiles + other],
+                     args.tile_sums[kTileClipped * num_tiles + other]});
+    }
+  } else {
+    int ignored = 0;  // the blocks of those tiles report it
+#pragma unroll 2
+    for (int idx = threadIdx.x; idx < tile * kRequestsPerTile; idx += kBlockThreads) {
+      sums = add(sums, request_sums(args, idx, &ignored));
+    }
+  }
+  return sums;
+}
+
+__device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int part) {
+  __shared__ FusedTile shared;
+  const int thread = threadIdx.x;
+  const int warp = thread / kWarpThreads;
+  const int lane = thread % kWarpThreads;
+  const int idx_begin = tile * kRequestsPerTile;
+  const int count = min(args.bs - idx_begin, kRequestsPerTile);
+  const int idx = idx_begin + thread;
+  const bool exists = thread < count;
+  int status = 0;
+
+  Sums mine = {0, 0, 0};
+  if (exists) mine = request_sums(args, idx, &status);
+  Sums upto = mine;  // inclusive: first in the warp, then in the batch
+#pragma unroll
+  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    const Sums below = {__shfl_up_sync(kFullWarp, upto.kv, distance),
+                        __shfl_up_sync(kFullWarp, upto.q, distance),
+                        __shfl_up_sync(kFullWarp, upto.clipped, distance)};
+    if (lane >= distance) upto = add(upto, below);
+  }
+  if (lane == kWarpThreads - 1) shared.warp_totals[warp] = upto;
+  if (tile > 0) {
+    Sums before = sums_before_tile(args, tile);
+#pragma unroll
+    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+      before = add(before, {__shfl_xor_sync(kFullWarp, before.kv, distance),
+                            __shfl_xor_sync(kFullWarp, before.q, distance),
+                            __shfl_xor_sync(kFullWarp, before.clipped, distance)});
+    }
+    if (lane == 0) shared.warp_before[warp] = before;
+  }
+  __syncthreads();
+  Sums tile_before = {0, 0, 0};
+  Sums tile_total = {0, 0, 0};
+#pragma unroll 1
+  for (int w = 0; w < kBlockWarps; ++w) {
+    if (tile > 0) tile_before = add(tile_before, shared.warp_before[w]);
+    if (w < warp) upto = add(upto, shared.warp_totals[w]);
+    tile_total = add(tile_total, shared.warp_totals[w]);
+  }
+  const i64 q_upto_in_tile = upto.q;
+  upto = add(upto, tile_before);
+
+  if (part == 0) {
+    if (exists) {
+      if (args.cache_seqlens != nullptr) args.cache_seqlens[idx] = cut(mine.kv, &status);
+      if (args.cu_seqlens_k != nullptr) args.cu_seqlens_k[idx + 1] = cut(upto.kv, &status);
+      if (args.cu_seqlens_q != nullptr) args.cu_seqlens_q[idx + 1] = cut(upto.q, &status);
+      if (args.extend_start_loc != nullptr) args.extend_start_loc[idx] = cut(upto.q - mine.q, &status);
+    }
+    if (tile == 0 && thread == 0) {
+      if (args.cu_seqlens_k != nullptr) args.cu_seqlens_k[0] = 0;
+      if (args.cu_seqlens_q != nullptr) args.cu_seqlens_q[0] = 0;
+      if (args.dsa_cu_seqlens_k != nullptr) args.dsa_cu_seqlens_k[0] = 0;
+    }
+  }
+
+  const i64 row_begin = tile_before.q;  // of the tile; exact, T may pass int32
+  const i64 row_end = row_begin + tile_total.q;
+  const bool is_last = tile == args.num_tiles - 1;
+  const i64 total_len = args.total_len;
+  if (is_last && part == 0 && thread == 0) {
+    if (row_end > kInt32Max) meet(&status, kOutsideInt32);
+    const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
+    if (may_be_less ? row_end > total_len : row_end != total_len) meet(&status, kTotalMismatch);
+  }
+  if ((args.flags & kHasRowOutputs) != 0) {
+    shared.ends[thread] = static_cast<u32>(min(q_upto_in_tile, kInt32Max));
+    shared.first[thread] = mine.kv - mine.q + 1;
+    shared.kv_before[thread] = upto.kv - mine.kv;
+    shared.clipped_before[thread] = upto.clipped - mine.clipped;
+    if (thread == kRequestsPerTile - 1) {
+      shared.first[kRequestsPerTile] = 0;
+      shared.clipped_before[kRequestsPerTile] = upto.clipped;
+    }
+    __syncthreads();
+
+    // Rows are counted from row_begin, so that they fit 32 bits: those from total_len on are dropped.
+    // The tile in which the rows end, at T or at total_len, goes on with the padding, if any.
+    const i64 rows = max(min(row_end, total_len) - row_begin, static_cast<i64>(0));
+    const bool ends_here = row_end <= total_len ? is_last : row_begin <= total_len && total_len < row_end;
+    const i64 padded = ends_here ? max(args.pad_to - row_begin, rows) : rows;
+    const i64 step = static_cast<i64>(args.row_parts) * kBlockThreads;
+    for (i64 at = part * kBlockThreads + thread; at < padded; at += step) {
+      const i64 row = row_begin + at;
+      // A padding row has length 0 and repeats the sum at which the rows end.
+      const bool is_padding = at >= rows;
+      const u32 key = static_cast<u32>(is_padding ? rows : at);
+      int entry;
+      if (args.uniform_q > 0) {
+        entry = static_cast<int>(key / static_cast<u32>(args.uniform_q));
+      } else {
+        entry = upper_bound(shared.ends, 0, count, key);
+      }
+      const i64 j = key - (entry > 0 ? shared.ends[entry - 1] : 0);
+      const i64 first = shared.first[entry];
+      const i64 expanded = is_padding ? 0 : max(first + j, static_cast<i64>(0));
+      if (args.dsa_cache_seqlens != nullptr) {
+        args.dsa_cache_seqlens[row] = static_cast<int>(min(expanded, static_cast<i64>(args.topk)));
+      }
+      if (args.dsa_cu_seqlens_k != nullptr) {
+        const i64 sum = shared.clipped_before[entry] + clipped_sum(first, is_padding ? j : j + 1, args.topk);
+        args.dsa_cu_seqlens_k[row + 1] = cut(sum, &status);
+      }
+      if (is_padding) continue;
+      if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = cut(expanded, &status);
+      if (args.token_to_batch_idx != nullptr) args.token_to_batch_idx[row] = idx_begin + entry;
+      const i64 ks = shared.kv_before[entry];
+      if (args.ks != nullptr) args.ks[row] = cut(ks, &status);
+      if (args.ke != nullptr) args.ke[row] = cut(ks + expanded, &status);
+      if (args.topk_indices_offset != nullptr) args.topk_indices_offset[row] = cut(ks, &status);
+      if (args.positions != nullptr) args.positions[row] = first - 1 + j;
+      if (args.paged_mqa_ctx_lens_2d != nullptr) {
+        args.paged_mqa_ctx_lens_2d[(idx_begin + entry) * args.mqa_stride + j] =
+            cut(first - 1 + args.uniform_q, &status);
+      }
+    }
+  }
+  if (status != 0) atomicMax(args.status, status);
+}
+
+// ---- Blocks of tables ---------------------------------------------------------------------------
+
+// Sum over all threads of the block. `warp_sums` [kBlockWarps] is shared memory, free on entry.
+__device__ __forceinline__ i64 block_sum(i64 v, i64* warp_sums) {
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    v += __shfl_xor_sync(kFullWarp, v, distance);
+  }
+  if (threadIdx.x % kWarpThreads == 0) warp_sums[threadIdx.x / kWarpThreads] = v;
+  __syncthreads();
+  i64 sum = 0;
+#pragma unroll
+  for (int w = 0; w < kBlockWarps; ++w) sum += warp_sums[w];
+  return sum;
+}
+
+// Tokens that request idx has in the flattened table.
+__device__ __forceinline__ i64 flattened_tokens(const FusedArgs& args, int idx) {
+  int ignored = 0;
+  return max(cut(fused_seq_lens(args)[idx].value(), &ignored), 0);
+}
+
+// This thread's share of the sum over the requests before `request` of their query tokens or
+// flattened tokens.
+__device__ __forceinline__ i64 share_before(const FusedArgs& args, int request, bool of_tokens) {
+  i64 sum = 0;
+  int idx_begin = 0;
+  if (args.tile_sums != nullptr) {
+    const int tile = request / kRequestsPerTile;
+    idx_begin = tile * kRequestsPerTile;
+    const i64* const tiles =
+        args.tile_sums + (of_tokens ? kTileTokens : kTileQ) * static_cast<i64>(args.num_tiles);
+    for (int other = threadIdx.x; other < tile; other += kBlockThreads) sum += tiles[other];
+  }
+  int ignored = 0;
+#pragma unroll 4
+  for (int idx = idx_begin + static_cast<int>(threadIdx.x); idx < request; idx += kBlockThreads) {
+    sum += of_tokens ? flattened_tokens(args, idx) : query_tokens(args, idx, &ignored);
+  }
+  return sum;
+}
+
+// One row of tokens, and the rows that it is written to: `num_rows` of them, `stride` apart.
+struct TableRow {
+  const int* tokens;
+  int* out;
+  i64 stride;
+  int num_rows;
+};
+
+// Which items (vectors or tokens) of a row a thread of a block takes: `first + k * kBlockThreads`,
+// k < per_thread, and again `step` further on.
+struct Share {
+  u32 first;
+  u32 step;
+  u32 per_thread;  // <= kUnroll
+};
+
+// The first `vectors` vectors of a row; the tokens and all rows of `out` are 16-byte aligned.
+__device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, const Share& share) {
+  for (u32 first = share.first; first < vectors; first += share.step) {
+    const int4* const from = reinterpret_cast<const int4*>(row.tokens) + first;
+    const u32 left = min((vectors - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
+    int4 values[kUnroll];
+#pragma unroll
+    for (u32 k = 0; k < kUnroll; ++k) {
+      if (k < left) values[k] = from[k * kBlockThreads];
+    }
+    int* out = row.out + static_cast<i64>(first) * kVectorColumns;
+#pragma unroll 1
+    for (int r = 0; r < row.num_rows; ++r) {
+#pragma unroll
+      for (u32 k = 0; k < kUnroll; ++k) {
+        if (k < left) reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];
+      }
+      out += row.stride;
+    }
+  }
+}
+
+// Items [begin, end) of a row, the tokens at the columns item << shift: only they are read.
+__device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 end, const Share& share,
+                                            int shift) {
+  for (u32 first = begin + share.first; first < end; first += share.step) {
+    const u32 left = min((end - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
+    int values[kUnroll];
+#pragma unroll
+    for (u32 k = 0; k < kUnroll; ++k) {
+      if (k < left) values[k] = __ldg(row.tokens + ((first + k * kBlockThreads) << shift));
+    }
+    int* out = row.out + first;
+#pragma unroll 1
+    for (int r = 0; r < row.num_rows; ++r) {
+#pragma unroll
+      for (u32 k = 0; k < kUnroll; ++k) {
+        if (k < left) out[k * kBlockThreads] = values[k] >> shift;
+      }
+      out += row.stride;
+    }
+  }
+}
+
+// Block `block` of the blocks of one request: first those of page_table_1, then those of
+// real_page_table, then those of page_table_1_flattened.
+__device__ __forceinline__ void table_block(const FusedArgs& args, int request, int block) {
+  __shared__ i64 warp_sums[kBlockWarps];
+  const i64 seq = fused_seq_lens(args)[request].value();
+  const i64 pool = fused_pool_indices(args)[request].value();
+  int ignored = 0;  // the 1-D blocks report the lengths
+  // One tile of requests is latency bound: its extend lengths are loaded along with what the exits
+  // below wait for, one by each thread.
+  const bool rows_vary = args.uniform_q < 0 && (args.flags & kOneRowPerRequest) == 0;
+  const bool loads_early = rows_vary && args.num_tiles == 1;
+  int q = args.uniform_q;  // lengths of query tokens fit 32 bits
+  int early = 0;
+  if (loads_early) {
+    q = static_cast<int>(query_tokens(args, request, &ignored));
+    if (static_cast<int>(threadIdx.x) < request) {
+      early = static_cast<int>(query_tokens(args, static_cast<int>(threadIdx.x), &ignored));
+    }
+  }
+  if (pool < 0 || pool >= args.pool_rows) {
+    if (block == 0 && threadIdx.x == 0) atomicMax(args.status, kRequestOutsidePool);
+    return;
+  }
+  TableRow row = {args.req_to_token + pool * args.token_stride, args.page_table_1, args.page_1_stride, 1};
+  int width = args.width;
+  int blocks = args.page_1_blocks;
+  int shift = 0;
+  bool flattens = false;
+  if (block >= blocks) {
+    block -= blocks;
+    blocks = args.real_page_blocks;
+    row.out = args.real_page_table;
+    row.stride = args.real_page_stride;
+    shift = args.page_shift;
+    if (block >= blocks) {
+      block -= blocks;
+      blocks = args.flattened_blocks;
+      row.out = args.page_table_1_flattened;
+      width = args.token_width;
+      shift = 0;
+      flattens = true;
+    }
+  }
+
+  const i64 kv = max(static_cast<i64>(cut(seq, &ignored)) + args.kv_add, static_cast<i64>(0));
+  u32 items = (static_cast<u32>(min(kv, static_cast<i64>(width))) + (1u << shift) - 1) >> shift;
+  const u32 per_thread = static_cast<u32>(args.table_items);
+  const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
+  if (block_first >= items) return;  // behind the live prefix: before any sum
+
+  if (rows_vary && !loads_early) q = static_cast<int>(query_tokens(args, request, &ignored));
+  i64 sum = 0;
+  if (flattens || rows_vary) {
+    sum = block_sum(loads_early ? early : share_before(args, request, flattens), warp_sums);
+  }
+  if (flattens) {
+    const i64 room = args.flattened_size - sum;
+    if (room < kv) {
+      if (threadIdx.x == 0) atomicMax(args.status, kOverCapacity);
+      if (room <= 0) return;
+      items = min(items, static_cast<u32>(min(room, kInt32Max)));
+    }
+    row.out += sum;
+  } else if ((args.flags & kOneRowPerRequest) != 0) {
+    row.out += request * row.stride;
+  } else {
+    const i64 row_begin = rows_vary ? sum : static_cast<i64>(request) * q;
+    if (row_begin >= args.total_len || q <= 0) return;
+    row.num_rows = static_cast<int>(min(static_cast<i64>(q), args.total_len - row_begin));
+    row.out += row_begin * row.stride;
+  }
+  const u64 misaligned = (reinterpret_cast<u64>(row.tokens) | reinterpret_cast<u64>(row.out) |
+                          (row.num_rows > 1 ? static_cast<u64>(row.stride) * sizeof(int) : 0)) &
+                         (sizeof(int4) - 1);
+  const Share share = {block_first + threadIdx.x, static_cast<u32>(blocks) * per_thread * kBlockThreads,
+                       per_thread};
+  u32 begin = 0;
+  if (shift == 0 && misaligned == 0) {
+    begin = items / kVectorColumns * kVectorColumns;
+    copy_vectors(row, items / kVectorColumns, share);
+  }
+  copy_tokens(row, begin, items, share, shift);  // behind vectors: three columns at most
+}
+
+}  // namespace nsa
+
+// Grid: num_tiles * row_parts blocks of 1-D arrays, then the blocks of tables, request by request, which
+// has to stay below 2^31; in the two-launch form after fused_tiles on the same stream.
+extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBlocksPerSm)
+    fused(const nsa::FusedArgs args) {
+  const int block = static_cast<int>(blockIdx.x);
+  const int row_blocks = args.num_tiles * args.row_parts;
+  if (block < row_blocks) {
+    nsa::row_block(args, block / args.row_parts, block % args.row_parts);
+  } else {
+    const int table = block - row_blocks;
+    const int blocks = args.page_1_blocks + args.real_page_blocks + args.flattened_blocks;
+    nsa::table_block(args, table / blocks, table % blocks);
+  }
+}
+
+// Grid: num_tiles blocks.
+extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads) fused_tiles(const nsa::FusedArgs args) {
+  __shared__ nsa::i64 warp_sums[nsa::kBlockWarps];
+  const int tile = static_cast<int>(blockIdx.x);
+  const int idx = tile * nsa::kRequestsPerTile + static_cast<int>(threadIdx.x);
+  int ignored = 0;  // `fused` reports it
+  nsa::Sums sums = {0, 0, 0};
+  nsa::i64 tokens = 0;
+  if (idx < args.bs) {
+    sums = nsa::request_sums(args, idx, &ignored);
+    tokens = nsa::flattened_tokens(args, idx);
+  }
+#pragma unroll 1
+  for (int which = 0; which < nsa::kTileSums; ++which) {
+    const nsa::i64 value = which == nsa::kTileKv        ? sums.kv
+                           : which == nsa::kTileQ       ? sums.q
+                           : which == nsa::kTileClipped ? sums.clipped
+                                                        : tokens;
+    const nsa::i64 total = nsa::block_sum(value, warp_sums);
+    if (threadIdx.x == 0) args.tile_sums[static_cast<nsa::i64>(which) * args.num_tiles + tile] = total;
+    __syncthreads();
+  }
+}

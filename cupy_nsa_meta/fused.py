@@ -1,0 +1,916 @@
+"""Everything a DSA forward pass needs, in one launch: decode, target-verify, draft-extend, EXTEND.
+
+Device twin: ``cuda_src/fused.cu``. Specification: ``reference_fused.metadata``.
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _check, _env, _launch, reference_fused
+from ._check import FusedCall, FusedOutputs
+from ._status import INT32_MAX, Status, fused_error
+from .dispatch import cuda_unavailable_reason
+
+#: ``struct FusedArgs`` of fused.cu: 22 pointers, 7 strides and 2 sizes, 15 ints, flags.
+ARGS = struct.Struct("<22Q9q15iI")
+assert ARGS.size <= _launch.ARGS_BYTES
+
+REQUESTS_PER_TILE = _launch.BLOCK_THREADS  # kRequestsPerTile
+VECTOR_COLUMNS = 4  # kVectorColumns
+MAX_ITEMS_PER_THREAD = 4  # kUnroll
+NUM_TILE_SUMS = 4  # kTileSums
+ONE_LAUNCH_MAX_BS = 16384
+#: Table blocks per multiprocessor: below the first number a thread takes one item rather than
+#: several, so that small batches spread; above the second a block goes on along its row, so that
+#: long tables with short requests do not launch blocks that only find nothing to do.
+SPREAD_BLOCKS_PER_SM = 2
+MAX_BLOCKS_PER_SM = 32
+ROW_BLOCKS_PER_SM = 2
+
+SEQ_IS_INT64 = 1
+EXTEND_IS_INT64 = 2
+POOL_IS_INT64 = 4
+HAS_ROW_OUTPUTS = 8
+ONE_ROW_PER_REQUEST = 16
+TOTAL_IS_CAPACITY = 32
+
+#: Stands for "not given" where an alias keyword or a later default forbids leaving it out.
+REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "<required>"})()
+
+
+class _Default(int):
+    """An int that can be told from the same number given by the caller."""
+
+
+_PAGE_SIZE_64 = _Default(64)
+
+
+# ---- The launch ---------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """How a call is cut up; depends on host-known sizes alone."""
+
+    num_tiles: int
+    row_parts: int  # blocks of 1-D arrays for each tile of requests
+    page_1_blocks: int  # for each request; 0: the table is not wanted
+    real_page_blocks: int
+    flattened_blocks: int
+    table_items: int  # vectors or tokens that a thread has in flight
+
+    @property
+    def table_blocks(self) -> int:
+        return self.page_1_blocks + self.real_page_blocks + self.flattened_blocks
+
+    def grid(self, bs: int) -> int:
+        return self.num_tiles * self.row_parts + bs * self.table_blocks
+
+
+class TableUnits(NamedTuple):
+    """Blocks that each table of a request would take with one item for each thread."""
+
+    page_1: int = 0
+    real_page: int = 0
+    flattened: int = 0
+
+
+def table_units(call: FusedCall) -> TableUnits:
+    out = call.outputs
+    page_1 = real_page = flattened = 0
+    if out.page_table_1 is not None:
+        page_1 = _blocks(call.width, VECTOR_COLUMNS)
+    if out.real_page_table is not None:
+        real_page = _blocks(call.width, call.page_size)
+    if out.page_table_1_flattened is not None:
+        assert call.req_to_token is not None
+        flattened = _blocks(call.req_to_token.size(1), VECTOR_COLUMNS)
+    return TableUnits(page_1, real_page, flattened)
+
+
+def geometry(call: FusedCall, num_sms: int) -> Geometry:
+    """Tiles of requests, blocks over their rows, blocks over the columns of each table row."""
+    return cut_up(call.bs, max(call.total_len, call.pad_to), table_units(call), num_sms)
+
+
+def cut_up(bs: int, rows: int, units: TableUnits, num_sms: int) -> Geometry:
+    """``geometry`` from sizes alone."""
+    num_tiles = max(1, -(-bs // REQUESTS_PER_TILE))
+    parts = -(-rows // (num_tiles * REQUESTS_PER_TILE))
+    row_parts = max(1, min(parts, ROW_BLOCKS_PER_SM * num_sms // num_tiles))
+
+    page_1, real_page, flattened = units if bs else (0, 0, 0)
+    items = bs * (page_1 + real_page + flattened) // (SPREAD_BLOCKS_PER_SM * num_sms)
+    items = max(1, min(items, MAX_ITEMS_PER_THREAD))
+    most = max(1, MAX_BLOCKS_PER_SM * num_sms // max(bs, 1))
+    page_1, real_page, flattened = (
+        min(-(-blocks // items), most) for blocks in (page_1, real_page, flattened)
+    )
+    return Geometry(num_tiles, row_parts, page_1, real_page, flattened, items)
+
+
+def _blocks(columns: int, columns_per_item: int) -> int:
+    return max(1, -(-columns // (columns_per_item * _launch.BLOCK_THREADS)))
+
+
+def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_sums: int) -> None:
+    """Pack ``struct FusedArgs``; ``tile_sums`` is 0 in the one-launch form."""
+    seq, extend, pool, tokens, out = call[:5]
+    page_1, real_page, mqa, flattened = (
+        out.page_table_1,
+        out.real_page_table,
+        out.paged_mqa_ctx_lens_2d,
+        out.page_table_1_flattened,
+    )
+    has_tables = shape.table_blocks > 0
+    flags = SEQ_IS_INT64 if seq.dtype is torch.int64 else 0
+    if extend is not None and extend.dtype is torch.int64:
+        flags |= EXTEND_IS_INT64
+    if pool is not None and pool.dtype is torch.int64:
+        flags |= POOL_IS_INT64
+    if out[4:13] != _NO_ROW_OUTPUTS:
+        flags |= HAS_ROW_OUTPUTS
+    if call.one_row_per_request:
+        flags |= ONE_ROW_PER_REQUEST
+    if call.total_is_capacity:
+        flags |= TOTAL_IS_CAPACITY
+    ARGS.pack_into(
+        buffer,
+        0,
+        seq.data_ptr(),
+        0 if extend is None else extend.data_ptr(),
+        pool.data_ptr() if has_tables and pool is not None else 0,
+        tokens.data_ptr() if has_tables and tokens is not None else 0,
+        *[0 if tensor is None else tensor.data_ptr() for tensor in out],
+        status,
+        tile_sums,
+        seq.stride(0),
+        0 if extend is None else extend.stride(0),
+        0 if pool is None else pool.stride(0),
+        0 if tokens is None else tokens.stride(0),
+        0 if page_1 is None else page_1.stride(0),
+        0 if real_page is None else real_page.stride(0),
+        0 if mqa is None else mqa.stride(0),
+        0 if flattened is None else flattened.numel(),
+        0 if tokens is None else tokens.size(0),
+        0 if tokens is None else tokens.size(1),
+        call.bs,
+        call.total_len,
+        call.pad_to,
+        call.width,
+        call.page_size.bit_length() - 1,
+        call.topk,
+        call.uniform_q,
+        call.kv_add,
+        shape.num_tiles,
+        shape.row_parts,
+        shape.page_1_blocks,
+        shape.real_page_blocks,
+        shape.flattened_blocks,
+        shape.table_items,
+        flags,
+    )
+
+
+_NO_ROW_OUTPUTS = (None,) * 9
+
+
+def launches(call: FusedCall, shape: Geometry, tiled: bool) -> tuple[tuple[str, int], ...]:
+    """Kernel names and grids of a call, in order."""
+    last = ("fused", shape.grid(call.bs))
+    return (("fused_tiles", shape.num_tiles), last) if tiled else (last,)
+
+
+class _Launches(NamedTuple):
+    """A checked and packed call of the one-launch form."""
+
+    state: _launch.DeviceState
+    args: bytes
+    launches: tuple[tuple[str, int], ...]
+
+
+#: Checking and packing is a function of a call's facts, so the outcome is kept for the same facts.
+#: No tensor is kept alive. Cleared when full: a server makes calls of few kinds again and again.
+_remembered: dict[tuple[Any, ...], _Launches] = {}
+MAX_REMEMBERED = 1024
+
+_data_ptr = torch.Tensor.data_ptr
+_size = torch.Tensor.size
+_stride = torch.Tensor.stride
+_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+
+
+def _facts(op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that checks and packed arguments depend on; None where an argument is no tensor.
+
+    Read afresh for each call: a tensor object may have got another memory, shape or stride. An
+    address tells the device too, but for tensors without elements, of which nothing is accessed.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    try:
+        return (
+            op,
+            tensors[0].get_device(),
+            *map(_data_ptr, present),
+            *map(_size, present),
+            *map(_stride, present),
+            *map(_dtype, present),
+            *([tensor is None for tensor in tensors] if len(present) < len(tensors) else ()),
+            *scalars,
+            *map(type, scalars),  # 4.0 and True are not 4 and 1
+            _env.backend(),
+        )
+    except (AttributeError, TypeError):
+        return None
+
+
+def _again(
+    op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]
+) -> tuple[tuple[Any, ...] | None, bool]:
+    """Launch a call of known facts. Returns its facts, and whether it was launched."""
+    if not _is_cuda(tensors[0]):
+        return None, False
+    facts = _facts(op, tensors, scalars)
+    known = None
+    if facts is not None:
+        try:
+            known = _remembered.get(facts)
+        except TypeError:  # a scalar that cannot be hashed; the check raises
+            facts = None
+    if known is None or _env.debug_sync():
+        return facts, False
+    state = known.state
+    slot = state.take_slot()
+    slot.buffer[: ARGS.size] = known.args
+    state.launch(slot, _launch.current_raw_stream(state.device), known.launches)
+    state.give_slot(slot)
+    return facts, True
+
+
+def _is_cuda(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.is_cuda
+
+
+def _enqueue(
+    call: FusedCall,
+    state: _launch.DeviceState,
+    stream: int,
+    status: int,
+    facts: tuple[Any, ...] | None,
+) -> None:
+    shape = geometry(call, state.num_sms)
+    scratch = None
+    if call.bs > ONE_LAUNCH_MAX_BS:  # freed at return, reused by torch in stream order
+        scratch = torch.empty(
+            NUM_TILE_SUMS * shape.num_tiles, dtype=torch.int64, device=call.seq_lens.device
+        )
+    slot = state.take_slot()
+    pack(slot.buffer, call, shape, status, 0 if scratch is None else scratch.data_ptr())
+    in_order = launches(call, shape, scratch is not None)
+    if facts is not None and scratch is None:
+        if len(_remembered) >= MAX_REMEMBERED:
+            _remembered.clear()
+        _remembered[facts] = _Launches(state, bytes(slot.buffer[: ARGS.size]), in_order)
+    state.launch(slot, stream, in_order)
+    state.give_slot(slot)
+
+
+def _runs_cuda(device: int) -> bool:
+    """CUDA tensors go to the kernels where those can run; this family has no Triton form."""
+    if device < 0:
+        return False
+    wanted = _env.backend()
+    if wanted not in ("auto", "cuda"):
+        return False
+    reason = cuda_unavailable_reason(device)
+    if reason is not None and wanted == "cuda":
+        raise RuntimeError(f"CUPY_NSA_META_BACKEND=cuda cannot run: {reason}")
+    return reason is None
+
+
+def _run(call: FusedCall, facts: tuple[Any, ...] | None) -> None:
+    """Enqueue a checked call; under CUPY_NSA_META_DEBUG_SYNC=1 read its status and raise."""
+    device = call.device
+    if _runs_cuda(device):
+        state = _launch.device_state(device, "fused")
+        stream = _launch.current_raw_stream(device)
+        if not (_env.debug_sync() and not state.is_capturing(stream)):
+            _enqueue(call, state, stream, state.sticky_status, facts)
+            return
+        status = torch.zeros(1, dtype=torch.int32, device=call.seq_lens.device)
+        _enqueue(call, state, stream, status.data_ptr(), None)
+    else:
+        capturing = device >= 0 and torch.cuda.is_current_stream_capturing()
+        status = reference_fused.metadata(call)
+        if not _env.debug_sync() or capturing:
+            sticky = _launch.status_word(device)
+            torch.maximum(sticky, status, out=sticky)
+            return
+    # The lengths may be read back to name a request, also while another thread captures.
+    with _launch.relaxed_capture() if device >= 0 else nullcontext():
+        met = int(status.item())
+        if met:
+            raise fused_error(met, call)
+
+
+def last_status(device: int | torch.device | str | None = None, reset: bool = True) -> int:
+    """The largest status that calls of the fused family, and replays of them, have met on a device.
+
+    0 fine; 1 ``page_table_1_flattened`` is too short; 2 a negative extend length; 3 a length
+    outside int32, or a result that was cut to int32; 4 the extend lengths do not add up to
+    ``total_len``, or are not equal though ``static_extend_len`` promised it; 5 a request without a
+    row in ``req_to_token``. Calls under CUPY_NSA_META_DEBUG_SYNC=1 raise and leave no trace here.
+
+    Args:
+        device: a CUDA device or "cpu"; default: the current CUDA device, without CUDA the CPU.
+        reset: set the status back to 0.
+
+    Waits for torch's current stream of the device; synchronise others before. Not during capture
+    (``RuntimeError``).
+    """
+    if device is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    elif isinstance(device, int):
+        index = device
+    else:
+        device = torch.device(device)
+        if device.type not in ("cuda", "cpu"):
+            raise ValueError(f"device: expected a CUDA device or the CPU, got {device}")
+        if device.type == "cpu":
+            index = -1
+        else:
+            index = torch.cuda.current_device() if device.index is None else device.index
+    _check.boolean("reset", reset)
+    if index >= 0 and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cupy_nsa_meta.last_status: not allowed while a CUDA graph is being captured"
+        )
+    with _launch.relaxed_capture() if index >= 0 else nullcontext():
+        word = _launch.status_word(index)
+        status = int(word.item())
+        if status and reset:
+            word.zero_()
+    return Status(status)
+
+
+def warm(device: int) -> None:
+    """Launch every kernel once, on batches without rows: the first launch loads the code."""
+    bs = ONE_LAUNCH_MAX_BS + 1
+    with torch.cuda.device(device):
+        zeros = torch.zeros(bs, dtype=torch.int32, device="cuda")
+        cache_seqlens = torch.empty(bs, dtype=torch.int32, device="cuda")
+        for count in (1, bs):
+            fused_dsa_extend_metadata(
+                zeros[:count],
+                zeros[:count],
+                total_len=0,
+                dsa_index_topk=1,
+                cache_seqlens=cache_seqlens,
+            )
+
+
+# ---- The public functions -----------------------------------------------------------------------
+
+
+def _page_size(physical_page_size: Any, real_page_size: Any) -> Any:
+    """The page size by either of its names."""
+    if physical_page_size is _PAGE_SIZE_64:
+        return 64 if real_page_size is None else real_page_size
+    if real_page_size is None:
+        if physical_page_size is REQUIRED:
+            raise TypeError("physical_page_size: expected an int, got nothing")
+        return physical_page_size
+    if physical_page_size is not REQUIRED:
+        raise TypeError(
+            "physical_page_size, real_page_size: expected one of the two names of the page size, "
+            f"got both ({physical_page_size} and {real_page_size})"
+        )
+    return real_page_size
+
+
+def _required(**arguments: Any) -> None:
+    """Raise for the first argument that is None; called once it is known that one is."""
+    for name, value in arguments.items():
+        if value is None or value is REQUIRED:
+            got = "None" if value is None else "nothing"
+            kind = "an int" if value is REQUIRED else "a torch.Tensor"
+            raise TypeError(f"{name}: expected {kind}, got {got}")
+
+
+def fused_dsa_decode_metadata(
+    seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    page_table_1: torch.Tensor | None,
+    dsa_cache_seqlens: torch.Tensor,
+    dsa_cu_seqlens_k: torch.Tensor,
+    real_page_table: torch.Tensor | None,
+    bs: int,
+    max_len: int,
+    dsa_index_topk: int,
+    physical_page_size: int = REQUIRED,
+    *,
+    real_page_size: int | None = None,
+) -> None:
+    """Metadata of a decode step, one query token for each request, in one launch.
+
+    With W = max_len, ps = physical_page_size, n = min(cache_seqlens[i], W)::
+
+        cache_seqlens[i]       = seq_lens[i]
+        cu_seqlens_k           = [0, inclusive sum of cache_seqlens]
+        dsa_cache_seqlens[i]   = min(max(cache_seqlens[i], 0), dsa_index_topk)
+        dsa_cu_seqlens_k       = [0, inclusive sum of dsa_cache_seqlens]
+        page_table_1[i, c]     = req_to_token[req_pool_indices[i], c]         c < n
+        real_page_table[i, p]  = req_to_token[req_pool_indices[i], p * ps] // ps    p * ps < n
+
+    Everything else keeps its bytes: rows from ``bs`` on, columns from n on. Two launches above
+    16,384 requests.
+
+    Args:
+        seq_lens: [>= bs] int32 or int64, any stride: KV length of each request.
+        req_pool_indices: [>= bs] int32 or int64, any stride: row of each request in req_to_token.
+        req_to_token: [pool, >= W] int32, unit column stride: token slot of each position, >= 0.
+        cache_seqlens, dsa_cache_seqlens: [>= bs] int32, contiguous.
+        cu_seqlens_k, dsa_cu_seqlens_k: [>= bs + 1] int32, contiguous.
+        page_table_1: [>= bs, >= W] int32, unit column stride; None: not wanted, and only every
+            ps-th token is read.
+        real_page_table: [>= bs, >= ceil(W / ps)] int32, unit column stride; at ps 1 it may be
+            page_table_1.
+        bs: requests. With 0, element 0 of the cu arrays becomes 0 and nothing else is written.
+        max_len: W, columns to fill; a longer request is cut there.
+        dsa_index_topk: KV tokens kept per query, >= 1.
+        physical_page_size: ps, a power of two up to 256. ``real_page_size`` is its older name.
+
+    Raises:
+        TypeError, ValueError: bad arguments, before the launch; nothing is written.
+        RuntimeError: a CUDA graph is being captured, but the kernels were never compiled
+            (``warmup``).
+
+    What only the device knows never raises here: a request whose ``req_pool_indices`` is no row of
+    ``req_to_token`` gets no table row, a sum beyond int32 is cut to 2^31 - 1; ``last_status``
+    tells, and CUPY_NSA_META_DEBUG_SYNC=1 turns it into ``ValueError``.
+
+    Stream: torch's current stream of the tensors' device; no synchronisation. Can be captured after
+    ``warmup``; replay reads the lengths that the buffers hold then.
+
+    Source: names and layout are those of SGLang's fused metadata for NSA/DSA attention.
+    """
+    if physical_page_size is REQUIRED or real_page_size is not None:
+        physical_page_size = _page_size(physical_page_size, real_page_size)
+    facts, is_launched = _again(
+        "decode",
+        (
+            seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
+            dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
+        ),
+        (bs, max_len, dsa_index_topk, physical_page_size),
+    )  # fmt: skip
+    if is_launched:
+        return
+    if (
+        req_pool_indices is None
+        or req_to_token is None
+        or cache_seqlens is None
+        or cu_seqlens_k is None
+        or dsa_cache_seqlens is None
+        or dsa_cu_seqlens_k is None
+    ):
+        _required(
+            req_pool_indices=req_pool_indices,
+            req_to_token=req_to_token,
+            cache_seqlens=cache_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            dsa_cache_seqlens=dsa_cache_seqlens,
+            dsa_cu_seqlens_k=dsa_cu_seqlens_k,
+        )
+    outputs = FusedOutputs(
+        cache_seqlens=cache_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        dsa_cache_seqlens=dsa_cache_seqlens,
+        dsa_cu_seqlens_k=dsa_cu_seqlens_k,
+        page_table_1=page_table_1,
+        real_page_table=real_page_table,
+    )
+    _run(
+        _check.fused(
+            FusedCall(
+                seq_lens, None, req_pool_indices, req_to_token, outputs, bs, bs, max_len,
+                dsa_index_topk, physical_page_size, 1, 0, 0, True, -1,
+            ),
+            "max_len",
+        ),
+        facts,
+    )  # fmt: skip
+
+
+def fused_dsa_target_verify_metadata(
+    seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    page_table_1: torch.Tensor | None,
+    seqlens_expanded: torch.Tensor,
+    dsa_cache_seqlens: torch.Tensor,
+    dsa_cu_seqlens_k: torch.Tensor,
+    real_page_table: torch.Tensor | None,
+    bs: int,
+    max_seqlen_k: int,
+    dsa_index_topk: int,
+    physical_page_size: int = REQUIRED,
+    next_n: int = REQUIRED,
+    paged_mqa_ctx_lens_2d: torch.Tensor | None = None,
+    *,
+    real_page_size: int | None = None,
+) -> None:
+    """Metadata of a target-verify step, N = next_n query tokens for each request, in one launch.
+
+    ::
+
+        cache_seqlens[i]            = seq_lens[i] + N
+        cu_seqlens_k                = [0, inclusive sum of cache_seqlens]
+        seqlens_expanded[i * N + j] = max(seq_lens[i] + j + 1, 0)             0 <= j < N
+        dsa_cache_seqlens           = min(seqlens_expanded, dsa_index_topk)
+        dsa_cu_seqlens_k            = [0, inclusive sum of dsa_cache_seqlens]
+        paged_mqa_ctx_lens_2d[i, j] = seq_lens[i] + N
+
+    The page tables are those of ``fused_dsa_decode_metadata`` with W = max_seqlen_k, each row N
+    times: rows i * N + j.
+
+    Args:
+        seqlens_expanded, dsa_cache_seqlens: [>= bs * N] int32, contiguous.
+        dsa_cu_seqlens_k: [>= bs * N + 1] int32, contiguous.
+        page_table_1, real_page_table: [>= bs * N, ...], else as in decode.
+        next_n: N >= 1.
+        paged_mqa_ctx_lens_2d: [>= bs, >= N] int32, unit column stride, or None.
+        The others, errors, stream and source: as in ``fused_dsa_decode_metadata``.
+    """
+    if physical_page_size is REQUIRED or real_page_size is not None:
+        physical_page_size = _page_size(physical_page_size, real_page_size)
+    facts, is_launched = _again(
+        "verify",
+        (
+            seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
+            seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
+            paged_mqa_ctx_lens_2d,
+        ),
+        (bs, max_seqlen_k, dsa_index_topk, physical_page_size, next_n),
+    )  # fmt: skip
+    if is_launched:
+        return
+    if (
+        next_n is REQUIRED
+        or req_pool_indices is None
+        or req_to_token is None
+        or cache_seqlens is None
+        or cu_seqlens_k is None
+        or seqlens_expanded is None
+        or dsa_cache_seqlens is None
+        or dsa_cu_seqlens_k is None
+    ):
+        _required(
+            next_n=next_n,
+            req_pool_indices=req_pool_indices,
+            req_to_token=req_to_token,
+            cache_seqlens=cache_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            seqlens_expanded=seqlens_expanded,
+            dsa_cache_seqlens=dsa_cache_seqlens,
+            dsa_cu_seqlens_k=dsa_cu_seqlens_k,
+        )
+    if type(next_n) is not int or not 1 <= next_n <= INT32_MAX:
+        next_n = _check.integer("next_n", next_n, 1, INT32_MAX)
+    if type(bs) is not int or bs < 0 or bs * next_n > INT32_MAX:
+        bs = _check.integer("bs", bs, 0, INT32_MAX // next_n)
+    outputs = FusedOutputs(
+        cache_seqlens=cache_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        seqlens_expanded=seqlens_expanded,
+        dsa_cache_seqlens=dsa_cache_seqlens,
+        dsa_cu_seqlens_k=dsa_cu_seqlens_k,
+        paged_mqa_ctx_lens_2d=paged_mqa_ctx_lens_2d,
+        page_table_1=page_table_1,
+        real_page_table=real_page_table,
+    )
+    _run(
+        _check.fused(
+            FusedCall(
+                seq_lens, None, req_pool_indices, req_to_token, outputs, bs, bs * next_n,
+                max_seqlen_k, dsa_index_topk, physical_page_size, next_n, next_n, 0, False, -1,
+            ),
+            "max_seqlen_k",
+        ),
+        facts,
+    )  # fmt: skip
+
+
+def fused_dsa_draft_extend_metadata(
+    seq_lens: torch.Tensor,
+    extend_seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    page_table_1: torch.Tensor | None,
+    seqlens_expanded: torch.Tensor,
+    dsa_cache_seqlens: torch.Tensor,
+    dsa_cu_seqlens_k: torch.Tensor,
+    real_page_table: torch.Tensor | None,
+    bs: int,
+    total_len: int,
+    max_seqlen_k: int,
+    dsa_index_topk: int,
+    physical_page_size: int = REQUIRED,
+    max_extend_len: int = REQUIRED,
+    max_total_len: int = REQUIRED,
+    static_extend_len: bool = False,
+    *,
+    real_page_size: int | None = None,
+) -> None:
+    """Metadata of a draft-extend step, q_i = extend_seq_lens[i] query tokens each, in one launch.
+
+    With row r the j-th query token of request i, in the order of the requests::
+
+        cache_seqlens[i]     = seq_lens[i]
+        cu_seqlens_k         = [0, inclusive sum of cache_seqlens]
+        seqlens_expanded[r]  = max(seq_lens[i] - q_i + 1 + j, 0)
+        dsa_cache_seqlens[r] = min(seqlens_expanded[r], dsa_index_topk)
+        dsa_cu_seqlens_k     = [0, inclusive sum of dsa_cache_seqlens]
+
+    for r in [0, R), R = min(T, total_len), T = sum of q. The page tables are those of
+    ``fused_dsa_decode_metadata`` with W = max_seqlen_k, the row of request i for each of its q_i
+    output rows. Rows at or past R keep their bytes.
+
+    Args:
+        extend_seq_lens: [>= bs] int32 or int64, any stride: query tokens of each request, >= 0.
+        seqlens_expanded, dsa_cache_seqlens: [>= total_len] int32, contiguous.
+        dsa_cu_seqlens_k: [>= total_len + 1] int32, contiguous.
+        page_table_1, real_page_table: [>= total_len, ...], else as in decode.
+        total_len: T as the host knows it. Another T on the device is status 4.
+        max_extend_len, max_total_len: bounds, total_len <= max_total_len and
+            total_len <= bs * max_extend_len.
+        static_extend_len: a promise that all extend lengths are total_len / bs; the table blocks
+            then need no sum over the batch. Every request counts as that many query tokens; a
+            length that breaks the promise is status 4.
+        The others, errors, stream and source: as in ``fused_dsa_decode_metadata``.
+    """
+    if physical_page_size is REQUIRED or real_page_size is not None:
+        physical_page_size = _page_size(physical_page_size, real_page_size)
+    facts, is_launched = _again(
+        "draft_extend",
+        (
+            seq_lens, extend_seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k,
+            page_table_1, seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
+        ),
+        (
+            bs, total_len, max_seqlen_k, dsa_index_topk, physical_page_size, max_extend_len,
+            max_total_len, static_extend_len,
+        ),
+    )  # fmt: skip
+    if is_launched:
+        return
+    if (
+        max_extend_len is REQUIRED
+        or max_total_len is REQUIRED
+        or extend_seq_lens is None
+        or req_pool_indices is None
+        or req_to_token is None
+        or cache_seqlens is None
+        or cu_seqlens_k is None
+        or seqlens_expanded is None
+        or dsa_cache_seqlens is None
+        or dsa_cu_seqlens_k is None
+    ):
+        _required(
+            max_extend_len=max_extend_len,
+            max_total_len=max_total_len,
+            extend_seq_lens=extend_seq_lens,
+            req_pool_indices=req_pool_indices,
+            req_to_token=req_to_token,
+            cache_seqlens=cache_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            seqlens_expanded=seqlens_expanded,
+            dsa_cache_seqlens=dsa_cache_seqlens,
+            dsa_cu_seqlens_k=dsa_cu_seqlens_k,
+        )
+    bs, total_len = _extend_sizes(bs, total_len, "max_extend_len", max_extend_len)
+    if type(max_total_len) is not int or max_total_len < total_len:
+        max_total_len = _check.integer("max_total_len", max_total_len, 0)
+        if total_len > max_total_len:
+            raise ValueError(
+                f"total_len: expected <= {max_total_len} (max_total_len), got {total_len}"
+            )
+    if static_extend_len is not True and static_extend_len is not False:
+        static_extend_len = _check.boolean("static_extend_len", static_extend_len)
+    uniform_q = -1
+    if static_extend_len and bs and total_len % bs == 0:  # otherwise the lengths cannot be equal
+        uniform_q = total_len // bs
+    outputs = FusedOutputs(
+        cache_seqlens=cache_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        seqlens_expanded=seqlens_expanded,
+        dsa_cache_seqlens=dsa_cache_seqlens,
+        dsa_cu_seqlens_k=dsa_cu_seqlens_k,
+        page_table_1=page_table_1,
+        real_page_table=real_page_table,
+    )
+    _run(
+        _check.fused(
+            FusedCall(
+                seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
+                max_seqlen_k, dsa_index_topk, physical_page_size, uniform_q, 0, 0, False, -1,
+            ),
+            "max_seqlen_k",
+        ),
+        facts,
+    )  # fmt: skip
+
+
+def _extend_sizes(bs: Any, total_len: Any, bound_name: str, bound: Any) -> tuple[int, int]:
+    """Check bs and total_len against the longest extend length."""
+    if type(bs) is not int or bs < 0:
+        bs = _check.integer("bs", bs, 0, INT32_MAX)
+    if type(total_len) is not int or total_len < 0:
+        total_len = _check.integer("total_len", total_len, 0, INT32_MAX)
+    if type(bound) is not int or bound < 0:
+        bound = _check.integer(bound_name, bound, 0)
+    if total_len > bs * bound:
+        raise ValueError(
+            f"total_len: expected <= {bs * bound} (bs {bs} * {bound_name} {bound}), got {total_len}"
+        )
+    return bs, total_len
+
+
+def fused_dsa_extend_metadata(
+    seq_lens: torch.Tensor,
+    extend_seq_lens: torch.Tensor,
+    req_pool_indices: torch.Tensor | None = None,
+    req_to_token: torch.Tensor | None = None,
+    *,
+    total_len: int,
+    dsa_index_topk: int,
+    max_seqlen_k: int | None = None,
+    physical_page_size: int = _PAGE_SIZE_64,
+    pad_to: int | None = None,
+    real_page_size: int | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    seqlens_expanded: torch.Tensor | None = None,
+    dsa_cache_seqlens: torch.Tensor | None = None,
+    dsa_cu_seqlens_k: torch.Tensor | None = None,
+    token_to_batch_idx: torch.Tensor | None = None,
+    ks: torch.Tensor | None = None,
+    ke: torch.Tensor | None = None,
+    topk_indices_offset: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    extend_start_loc: torch.Tensor | None = None,
+    page_table_1: torch.Tensor | None = None,
+    real_page_table: torch.Tensor | None = None,
+    page_table_1_flattened: torch.Tensor | None = None,
+) -> None:
+    """Metadata of an EXTEND (prefill) step in one launch; an output that is None is not computed.
+
+    With row r the j-th of the q_i = extend_seq_lens[i] query tokens of request i::
+
+        cache_seqlens[i], cu_seqlens_k     seq_lens[i], [0, inclusive sum]
+        extend_start_loc[i], cu_seqlens_q  exclusive sum of q, [0, inclusive sum of q]
+        seqlens_expanded[r]                max(seq_lens[i] - q_i + 1 + j, 0)
+        dsa_cache_seqlens[r]               min(seqlens_expanded[r], dsa_index_topk)
+        dsa_cu_seqlens_k                   [0, inclusive sum of dsa_cache_seqlens]
+        token_to_batch_idx[r]              i
+        ks[r], topk_indices_offset[r]      exclusive sum of seq_lens at i
+        ke[r]                              ks[r] + seqlens_expanded[r]
+        positions[r]                       seq_lens[i] - q_i + j
+        page_table_1, real_page_table      as in decode: one row for each request
+        page_table_1_flattened             req_to_token[req_pool_indices[i], :seq_lens[i]], joined
+
+    for r in [0, R), R = min(T, total_len), T = sum of q. Example: extend [3, 2], seq [10, 4] give
+    seqlens_expanded 8 9 10 3 4, ks 0 0 0 10 10, ke 8 9 10 13 14.
+
+    Args:
+        seq_lens, extend_seq_lens: [bs] int32 or int64, any stride.
+        req_pool_indices, req_to_token: as in decode; needed for a page table only.
+        total_len: T as the host knows it. Another T on the device is status 4.
+        dsa_index_topk: KV tokens kept per query, >= 1.
+        max_seqlen_k: W of page_table_1 and real_page_table; default: the widest that req_to_token
+            and the given tables hold.
+        physical_page_size: a power of two up to 256. ``real_page_size`` is its older name.
+        pad_to: n >= total_len: dsa_cache_seqlens continues with 0 in rows [R, n), and
+            dsa_cu_seqlens_k with its last sum up to element n.
+        cache_seqlens, extend_start_loc: [>= bs]. cu_seqlens_k, cu_seqlens_q: [>= bs + 1].
+        seqlens_expanded, token_to_batch_idx, ks, ke, topk_indices_offset: [>= total_len].
+        dsa_cache_seqlens, dsa_cu_seqlens_k: [>= total_len], [>= total_len + 1], or of pad_to.
+        positions: [>= total_len] int64; all others are int32, contiguous.
+        page_table_1_flattened: a token past its end is dropped (status 1).
+        Tables, errors, stream and source: as in ``fused_dsa_decode_metadata``; a page table without
+        ``req_pool_indices`` and ``req_to_token`` is a ``ValueError``.
+    """
+    physical_page_size = _page_size(physical_page_size, real_page_size)
+    outputs = FusedOutputs(
+        cache_seqlens, cu_seqlens_k, cu_seqlens_q, extend_start_loc, seqlens_expanded,
+        dsa_cache_seqlens, dsa_cu_seqlens_k, token_to_batch_idx, ks, ke, topk_indices_offset,
+        positions, None, page_table_1, real_page_table, page_table_1_flattened,
+    )  # fmt: skip
+    facts, is_launched = _again(
+        "extend",
+        (seq_lens, extend_seq_lens, req_pool_indices, req_to_token, *outputs),
+        (total_len, dsa_index_topk, max_seqlen_k, physical_page_size, pad_to),
+    )
+    if is_launched:
+        return
+    if not isinstance(seq_lens, torch.Tensor):
+        seq_lens = _check.as_tensor("seq_lens", seq_lens)
+    if not isinstance(extend_seq_lens, torch.Tensor):
+        extend_seq_lens = _check.as_tensor("extend_seq_lens", extend_seq_lens)
+    bs = _check.lengths("seq_lens", seq_lens)
+    if _check.lengths("extend_seq_lens", extend_seq_lens) != bs:
+        raise ValueError(
+            f"extend_seq_lens: expected [{bs}] like seq_lens, got [{extend_seq_lens.numel()}]"
+        )
+    bs, total_len = _extend_sizes(bs, total_len, "2^31 - 1", INT32_MAX)
+    if pad_to is None:
+        pad_to = 0
+    elif type(pad_to) is not int or not total_len <= pad_to < INT32_MAX:
+        pad_to = _check.integer("pad_to", pad_to, total_len, INT32_MAX - 1)
+    width = _extend_width(outputs, req_pool_indices, req_to_token, max_seqlen_k, physical_page_size)
+    _run(
+        _check.fused(
+            FusedCall(
+                seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
+                width, dsa_index_topk, physical_page_size, -1, 0, pad_to, True, -1,
+            ),
+            "max_seqlen_k",
+        ),
+        facts,
+    )  # fmt: skip
+
+
+def _extend_width(
+    outputs: FusedOutputs, req_pool_indices: Any, req_to_token: Any, width: Any, page_size: Any
+) -> Any:
+    """W of an EXTEND call: as given, else what all of its tables hold."""
+    for name in ("page_table_1", "real_page_table", "page_table_1_flattened"):
+        if getattr(outputs, name) is not None and (
+            req_to_token is None or req_pool_indices is None
+        ):
+            missing = "req_to_token" if req_to_token is None else "req_pool_indices"
+            raise ValueError(f"{name}: expected {missing} to fill it from, got None")
+    if width is not None:
+        return width
+    widths = [
+        (table.shape[-1] if table.dim() else 0) * scale
+        for table, scale in (
+            (req_to_token, 1),
+            (outputs.page_table_1, 1),
+            (outputs.real_page_table, page_size),
+        )
+        if isinstance(table, torch.Tensor)
+    ]
+    return min(widths, default=0)
+
+
+def seqlens_expand(
+    extend_seq_lens: torch.Tensor, seq_lens: torch.Tensor, total_len: int, max_q_len: int
+) -> torch.Tensor:
+    """KV length that each query token sees: ``seqlens_expanded`` of draft-extend, allocated here.
+
+    With row r the j-th of the q_i = extend_seq_lens[i] query tokens of request i::
+
+        result[r] = max(seq_lens[i] - q_i + 1 + j, 0)
+
+    for r in [0, min(T, total_len)), T = sum of q, and 0 behind.
+
+    Args:
+        extend_seq_lens, seq_lens: [bs] int32 or int64, any stride.
+        total_len: T as the host knows it, <= bs * max_q_len. Another T on the device is status 4.
+        max_q_len: bound of the extend lengths.
+
+    Returns:
+        int32 [total_len] on the inputs' device.
+
+    Errors, stream and graph behaviour: as in ``fused_dsa_decode_metadata``.
+
+    Source: the contract of SGLang's ``seqlens_expand_triton``, clamped at 0.
+    """
+    if not isinstance(extend_seq_lens, torch.Tensor):
+        extend_seq_lens = _check.as_tensor("extend_seq_lens", extend_seq_lens)
+    bs = _check.lengths("extend_seq_lens", extend_seq_lens)
+    bs, total_len = _extend_sizes(bs, total_len, "max_q_len", max_q_len)
+    expanded = torch.empty(total_len, dtype=torch.int32, device=extend_seq_lens.device)
+    # Without a top-k that cuts, dsa_cache_seqlens is seqlens_expanded, and can be padded with 0.
+    fused_dsa_extend_metadata(
+        seq_lens,
+        extend_seq_lens,
+        total_len=total_len,
+        dsa_index_topk=INT32_MAX,
+        pad_to=total_len,
+        dsa_cache_seqlens=expanded,
+    )
+    return expanded

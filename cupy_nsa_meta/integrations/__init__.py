@@ -1,0 +1,1 @@
+"""Bridges into serving engines; nothing here is imported with the package."""

@@ -1,0 +1,166 @@
+"""cuda_src/fused.cu, compiled by g++: right, free of bad accesses and of races."""
+
+from __future__ import annotations
+
+import pytest
+
+import cpu_kernels
+from cpu_kernels import HarnessError, Patch
+from cupy_nsa_meta import reference_fused
+from fused_cases import BY_NAME, CASES, FUNCTIONS, random_cases
+
+pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
+
+# Under ThreadSanitizer a block costs a quarter of a second: the cases that differ in barriers.
+RACE_CASES = [
+    "decode_bs_33", "verify_bs_257", "draft_extend_bs_257", "extend_padded_cut", "extend_flattened_unaligned",
+    "draft_extend_zero_runs", "verify_aligned", "draft_extend_outside_pool", "draft_extend_static",
+]  # fmt: skip
+
+
+def run_cases(executable, cases, tiled=False):
+    items = [cpu_kernels.fused_job(case, tiled) for case in cases]
+    results = cpu_kernels.run(executable, [item.job for item in items])
+    for item, buffers in zip(items, results, strict=True):
+        cpu_kernels.check_fused(item, buffers)
+
+
+def random_batches(seed):
+    return [
+        item for op in FUNCTIONS for item in random_cases(op, 12, seed, max_bs=12, max_width=400)
+    ]
+
+
+def test_named_cases_plain():
+    run_cases(cpu_kernels.build("plain"), CASES)
+
+
+def test_named_cases_in_the_two_launch_form():
+    run_cases(cpu_kernels.build("plain"), CASES, tiled=True)
+
+
+def test_a_total_that_only_bounds_the_rows():
+    cases = [case for case in CASES if case.op in ("draft_extend", "extend")]
+    items = [cpu_kernels.fused_job(case, total_is_capacity=True) for case in cases]
+    results = cpu_kernels.run(cpu_kernels.build("plain"), [item.job for item in items])
+    for item, buffers in zip(items, results, strict=True):
+        cpu_kernels.check_fused(item, buffers)
+    by_name = {item.case.name: int(reference_fused.metadata(item.call)) for item in items}
+    assert by_name["draft_extend_total_long"] == 0
+    assert by_name["draft_extend_total_short"] == 4
+    assert by_name["draft_extend_extend_negative"] == 2
+
+
+def test_named_cases_under_address_and_undefined_behaviour_sanitizers():
+    run_cases(cpu_kernels.build("address"), CASES)
+
+
+def test_two_launch_form_under_address_sanitizer():
+    names = ["draft_extend_bs_600", "extend_bs_257", "extend_flattened_unaligned", "decode_empty"]
+    run_cases(cpu_kernels.build("address"), [BY_NAME[name] for name in names], tiled=True)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_named_cases_under_thread_sanitizer(tiled):
+    run_cases(cpu_kernels.build("thread"), [BY_NAME[name] for name in RACE_CASES], tiled)
+
+
+def test_random_batches_under_address_sanitizer():
+    run_cases(cpu_kernels.build("address"), random_batches(21))
+
+
+# ---- Planted faults: a check that cannot fail is not one ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sanitizer", "case", "old", "new", "report"),
+    [
+        pytest.param(
+            "thread", "draft_extend_bs_33",
+            "      shared.clipped_before[kRequestsPerTile] = upto.clipped;\n    }\n    __syncthreads();",
+            "      shared.clipped_before[kRequestsPerTile] = upto.clipped;\n    }",
+            "data race", id="removed_barrier_before_the_rows",
+        ),
+        pytest.param(
+            "thread", "decode_bs_33",
+            "    if (lane == 0) shared.warp_before[warp] = before;\n  }\n  __syncthreads();",
+            "    if (lane == 0) shared.warp_before[warp] = before;\n  }",
+            "data race", id="removed_barrier_in_the_scan",
+        ),
+        pytest.param(
+            "thread", "draft_extend_zero_runs",
+            "warp_sums[threadIdx.x / kWarpThreads] = v;\n  __syncthreads();",
+            "warp_sums[threadIdx.x / kWarpThreads] = v;",
+            "data race", id="removed_barrier_in_the_block_sum",
+        ),
+        pytest.param(
+            "address", "decode_outside_pool",
+            "if (pool < 0 || pool >= args.pool_rows)", "if (pool < 0)",
+            "heap-buffer-overflow|SEGV", id="request_outside_the_pool",
+        ),
+        pytest.param(
+            "address", "decode_over_width",
+            "static_cast<u32>(min(kv, static_cast<i64>(width)))",
+            "static_cast<u32>(max(kv, static_cast<i64>(width)))",
+            "heap-buffer-overflow", id="kv_over_the_width",
+        ),
+        pytest.param(
+            "address", "draft_extend_total_short",
+            "static_cast<int>(min(static_cast<i64>(q), args.total_len - row_begin))", "q",
+            "heap-buffer-overflow", id="table_rows_past_total_len",
+        ),
+        pytest.param(
+            "address", "draft_extend_total_short",
+            "min(row_end, total_len) - row_begin", "row_end - row_begin",
+            "heap-buffer-overflow", id="rows_past_total_len",
+        ),
+        pytest.param(
+            "address", "extend_flattened_short",
+            "items = min(items, static_cast<u32>(min(room, kInt32Max)));", "",
+            "heap-buffer-overflow", id="tokens_past_the_flattened_table",
+        ),
+        pytest.param(
+            "address", "decode_unaligned", "shift == 0 && misaligned == 0", "shift == 0 && misaligned < 16",
+            "misaligned", id="vector_store_to_unaligned_memory",
+        ),
+        pytest.param(
+            "address", "verify_rows_unaligned",
+            "(row.num_rows > 1 ? static_cast<u64>(row.stride) * sizeof(int) : 0)", "0",
+            "misaligned", id="second_row_unaligned",
+        ),
+    ],
+)  # fmt: skip
+def test_sanitizers_catch_planted_faults(sanitizer, case, old, new, report):
+    executable = cpu_kernels.build(sanitizer, Patch("fused.cu", old, new))
+    with pytest.raises(HarnessError, match=report):
+        run_cases(executable, [BY_NAME[case]])
+
+
+@pytest.mark.parametrize(
+    ("case", "old", "new"),
+    [
+        pytest.param("decode_bs_33", "if (w < warp) upto", "if (w <= warp) upto", id="scan_shifted_by_a_warp"),
+        pytest.param("verify_bs_257", "if (tile > 0) tile_before = add(tile_before, shared.warp_before[w]);", "",
+                     id="tile_without_what_lies_before"),
+        pytest.param("draft_extend_padding_rows", "max(first + j, static_cast<i64>(0))", "(first + j)",
+                     id="no_clamp_at_zero"),
+        pytest.param("draft_extend_topk_inside", "min(max(topk - first, rise_begin), count)", "count",
+                     id="series_that_passes_topk"),
+        pytest.param("decode_sum_outside", "static_cast<int>(value < 0 ? kInt32Min : kInt32Max)",
+                     "static_cast<int>(static_cast<u32>(value))", id="sum_that_wraps"),
+        pytest.param("extend_padded_cut", "row_begin <= total_len && total_len < row_end", "false",
+                     id="no_padding_behind_a_cut"),
+        pytest.param("verify_aligned", "reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];\n      }\n      out += row.stride;",
+                     "reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];\n      }", id="one_row_written_n_times"),
+        pytest.param("draft_extend_total_long", "row_end != total_len) meet(&status, kTotalMismatch)", "false) meet(&status, 0)",
+                     id="mismatch_not_reported"),
+        pytest.param("decode_outside_pool", "atomicMax(args.status, kRequestOutsidePool)", "(void)0",
+                     id="request_outside_the_pool_not_reported"),
+        pytest.param("extend_empty", "      if (args.cu_seqlens_q != nullptr) args.cu_seqlens_q[0] = 0;\n", "",
+                     id="first_element_forgotten"),
+    ],
+)  # fmt: skip
+def test_cases_catch_planted_mistakes(case, old, new):
+    executable = cpu_kernels.build("plain", Patch("fused.cu", old, new))
+    with pytest.raises(AssertionError, match=case):
+        run_cases(executable, [BY_NAME[case]])
