@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -148,17 +147,13 @@ def architecture(device: int) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """CuPy and NVRTC versions, None where they cannot be had."""
+    """CuPy and NVRTC versions, also where there is no GPU; None where they cannot be had."""
+    found: dict[str, str | None] = {"cupy_version": None, "nvrtc_version": None}
     try:
-        cupy = import_cupy()
-        return {
-            "cupy_version": cupy.__version__,
-            "nvrtc_version": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
-        }
-    except Exception:
-        return {"cupy_version": None, "nvrtc_version": None}
+        import cupy
 
-
-def cache_dir() -> str:
-    """Where CuPy keeps compiled kernels."""
-    return os.environ.get("CUPY_CACHE_DIR") or str(Path.home() / ".cupy" / "kernel_cache")
+        found["cupy_version"] = cupy.__version__
+        found["nvrtc_version"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    except Exception:  # not installed, or broken: the reason is that of import_cupy()
+        pass
+    return found

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import _check, _graphs, _launch, dispatch, draft_extend
-from .draft_extend import ONE_LAUNCH_MAX_BS, capture_error, status_error
+from . import _check, _env, _graphs, _launch, dispatch, draft_extend
+from .draft_extend import ONE_LAUNCH_MAX_BS, capture_error, raise_for_status, status_error
 
 
 class DraftExtendPlan:
@@ -104,6 +104,8 @@ class DraftExtendPlan:
     def launch(self) -> None:
         """Enqueue on torch's current stream; nothing is waited for and nothing is read back.
 
+        (With CUPY_NSA_META_DEBUG_SYNC=1 the status is read, and raised as in ``run``.)
+
         While a CUDA graph is being captured, the plain kernel is recorded into it.
         """
         if not self._enter(False):
@@ -127,6 +129,8 @@ class DraftExtendPlan:
                 raise
         finally:
             self._leave()
+        if _env.debug_sync():
+            raise_for_status(self._outcome, self._tensors, self._key)
 
     def status(self) -> int:
         """The status word of the last launch (0: fine); waits for torch's current stream.

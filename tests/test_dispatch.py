@@ -130,6 +130,13 @@ def test_kernel_info():
         assert key in info
 
 
+def test_kernel_info_names_the_versions_without_a_gpu_too():
+    cupy = pytest.importorskip("cupy")
+    info = cupy_nsa_meta.get_kernel_info()
+    assert info["cupy_version"] == cupy.__version__
+    assert info["nvrtc_version"] == ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+
+
 def test_reasons_name_the_remedy(fresh_choice):
     _module.import_cupy.cache_clear()
     fresh_choice.setattr(torch.cuda, "is_available", lambda: True)

@@ -105,6 +105,19 @@ def test_a_second_thread_in_a_running_plan_is_refused(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_debug_sync_reads_the_status_of_a_launch(device, monkeypatch):
+    plan, _, extend, _ = make_plan(BY_NAME["contract"], device)
+    extend[1] = -2
+    plan.launch()
+    assert plan.status() == 2
+    monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
+    with pytest.raises(ValueError, match=r"extend_seq_lens\[1\]: expected >= 0, got -2"):
+        plan.launch()
+    extend[1] = 2
+    plan.launch()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_bad_arguments_of_a_plan(device):
     item = BY_NAME["contract"]
     outputs = Outputs(item, device)
