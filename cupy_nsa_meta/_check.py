@@ -83,27 +83,32 @@ def draft_extend(
 
     extend_dtype = extend_seq_lens.dtype
     seq_dtype = seq_lens.dtype
-    extend_strides = extend_seq_lens.stride()
-    seq_strides = seq_lens.stride()
-    bs = extend_seq_lens.numel()
-    room_expanded = out_seqlens_expanded.numel()
-    room_clamped = out_nsa_cache_seqlens.numel()
-    device = extend_seq_lens.get_device()  # -1 on the CPU, and on no device at all
-    if not (
-        (extend_dtype is _int32 or extend_dtype is _int64)
-        and (seq_dtype is _int64 or seq_dtype is _int32)
-        and out_seqlens_expanded.dtype is _int32
-        and out_nsa_cache_seqlens.dtype is _int32
-        and len(extend_strides) == 1
-        and len(seq_strides) == 1
-        and out_seqlens_expanded.stride() == _CONTIGUOUS
-        and out_nsa_cache_seqlens.stride() == _CONTIGUOUS
-        and seq_lens.numel() == bs
-        and extend_seq_lens.is_cuda
-        and seq_lens.get_device() == device
-        and out_seqlens_expanded.get_device() == device
-        and out_nsa_cache_seqlens.get_device() == device
-    ):
+    try:
+        extend_strides = extend_seq_lens.stride()
+        seq_strides = seq_lens.stride()
+        bs = extend_seq_lens.numel()
+        room_expanded = out_seqlens_expanded.numel()
+        room_clamped = out_nsa_cache_seqlens.numel()
+        device = extend_seq_lens.get_device()  # -1 on the CPU, and on no device at all
+        is_usual = (
+            (extend_dtype is _int32 or extend_dtype is _int64)
+            and (seq_dtype is _int64 or seq_dtype is _int32)
+            and out_seqlens_expanded.dtype is _int32
+            and out_nsa_cache_seqlens.dtype is _int32
+            and len(extend_strides) == 1
+            and len(seq_strides) == 1
+            and out_seqlens_expanded.stride() == _CONTIGUOUS
+            and out_nsa_cache_seqlens.stride() == _CONTIGUOUS
+            and seq_lens.numel() == bs
+            and extend_seq_lens.is_cuda
+            and seq_lens.get_device() == device
+            and out_seqlens_expanded.get_device() == device
+            and out_nsa_cache_seqlens.get_device() == device
+        )
+    except RuntimeError:  # tensors without strides or without one size
+        _explain_draft_extend(*tensors)
+        raise
+    if not is_usual:
         _explain_draft_extend(*tensors)
 
     limit = room_expanded if room_expanded < room_clamped else room_clamped
@@ -499,6 +504,7 @@ def lengths(name: str, tensor: torch.Tensor) -> int:
     dtype = tensor.dtype
     if dtype is not _int32 and dtype is not _int64:
         raise TypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {dtype}")
+    dense(name, tensor)
     if tensor.dim() != 1:
         raise ValueError(f"{name}: expected a 1-D tensor, got shape {list(tensor.shape)}")
     return tensor.numel()
@@ -508,6 +514,7 @@ def output(name: str, tensor: torch.Tensor, dtype: torch.dtype = _int32) -> int:
     """An output: 1-D, int32 mostly, contiguous. Returns its number of elements."""
     if tensor.dtype is not dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    dense(name, tensor)
     if tensor.dim() != 1:
         raise ValueError(f"{name}: expected a 1-D tensor, got shape {list(tensor.shape)}")
     if not tensor.is_contiguous():
@@ -516,6 +523,13 @@ def output(name: str, tensor: torch.Tensor, dtype: torch.dtype = _int32) -> int:
             f"(shape {list(tensor.shape)}); it is written in place, so a copy would lose the result"
         )
     return tensor.numel()
+
+
+def dense(name: str, tensor: torch.Tensor) -> None:
+    """A tensor of plain memory: neither sparse nor nested."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise ValueError(f"{name}: expected a dense tensor (torch.strided), got {kind}")
 
 
 def integer(name: str, value: Any, lowest: int, highest: int | None = None) -> int:
@@ -580,8 +594,23 @@ _DLPACK_CUDA_DEVICES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _DLPACK_READ_ONLY = 1  # DLPACK_FLAG_BITMASK_READ_ONLY
 
 
+class _DLTensor(ctypes.Structure):
+    """DLPack's ``DLTensor``."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_uint32),  # code, bits, lanes
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),  # null: compact
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
 class _DLManagedTensorVersioned(ctypes.Structure):
-    """The head of DLPack's ``DLManagedTensorVersioned`` (DLPack 1.0), up to ``flags``."""
+    """DLPack 1.0; the older ``DLManagedTensor`` begins with its DLTensor."""
 
     _fields_ = (
         ("major", ctypes.c_uint32),
@@ -589,6 +618,7 @@ class _DLManagedTensorVersioned(ctypes.Structure):
         ("manager_ctx", ctypes.c_void_p),
         ("deleter", ctypes.c_void_p),
         ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
     )
 
 
@@ -608,7 +638,11 @@ def as_tensor(name: str, array: Any, writable: bool = False) -> torch.Tensor:
         )
     try:
         capsule = _export(array)
-        if writable and (_is_read_only(capsule) or _is_immutable(array)):
+        tensor, flags = _look_into(capsule)
+        strides = [tensor.strides[k] for k in range(tensor.ndim)] if tensor.strides else []
+        if min(strides, default=0) < 0:  # torch ends the process over one
+            raise ValueError(f"{name}: expected strides >= 0, got {strides}")
+        if writable and (flags & _DLPACK_READ_ONLY or _is_immutable(array)):
             raise ValueError(
                 f"{name}: expected a writable array, got a read-only {type(array).__name__}"
             )
@@ -630,17 +664,20 @@ def _export(array: Any) -> Any:
     return array.__dlpack__(stream=stream)
 
 
-def _is_read_only(capsule: Any) -> bool:
-    name = b"dltensor_versioned"
-    is_valid = ctypes.pythonapi.PyCapsule_IsValid
-    is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
-    if not is_valid(capsule, name):
-        return False
+def _look_into(capsule: Any) -> tuple[_DLTensor, int]:
+    """The DLTensor of a capsule, and its flags (0 before DLPack 1.0)."""
+    get_name = ctypes.pythonapi.PyCapsule_GetName
+    get_name.argtypes = (ctypes.py_object,)
+    get_name.restype = ctypes.c_char_p
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
     get_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
     get_pointer.restype = ctypes.c_void_p
-    managed = _DLManagedTensorVersioned.from_address(get_pointer(capsule, name))
-    return bool(managed.flags & _DLPACK_READ_ONLY)
+    kind = get_name(capsule)
+    pointer = get_pointer(capsule, kind)
+    if kind == b"dltensor_versioned":
+        managed = _DLManagedTensorVersioned.from_address(pointer)
+        return managed.tensor, managed.flags
+    return _DLTensor.from_address(pointer), 0
 
 
 def _is_immutable(array: Any) -> bool:

@@ -386,6 +386,23 @@ def test_a_read_only_output_is_refused():
     assert not given["out_seqlens_expanded"].any()
 
 
+def test_a_negative_stride_is_refused():
+    given = arguments("cpu")
+    given["extend_seq_lens"] = np.array([2, 3], dtype=np.int32)[::-1]
+    with pytest.raises(ValueError, match=r"extend_seq_lens: expected strides >= 0, got \[-1\]"):
+        FUNCTIONS["auto"](**given)
+
+
+@pytest.mark.parametrize("name", ["extend_seq_lens", "out_seqlens_expanded"])
+def test_sparse_and_nested_tensors_are_refused(name):
+    given = arguments("cpu")
+    dense = given[name]
+    for other in (dense.to_sparse(), torch.nested.nested_tensor([dense, dense])):
+        given[name] = other
+        with pytest.raises(ValueError, match=f"{name}: expected a dense tensor"):
+            FUNCTIONS["auto"](**given)
+
+
 def test_an_exporter_from_before_dlpack_1():
     class Old:
         def __init__(self, array):
