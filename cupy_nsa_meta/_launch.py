@@ -62,7 +62,7 @@ class Slot:
         self.address = address
         self.count_ptr = count_ptr  # device memory, int32: launches of a captured graph
         self.epoch = 0  # of the last launch
-        self.ptr = 0  # the stream of the last launch; CuPy reads this attribute of a stream object
+        self.ptr = 0  # the stream of the last launch: what a long wait synchronises with
         self.buffer = bytearray(ARGS_BYTES)
         self._args = (ctypes.c_char * ARGS_BYTES).from_buffer(self.buffer)
         self._params = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
@@ -86,7 +86,7 @@ class DeviceState:
         self._driver_error = cupy.cuda.driver.CUDADriverError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.stems: set[str] = set()  # of the source files whose kernels are loaded
-        self._kernels: dict[str, Any] = {}
+        self._kernels: dict[str, Any] = {}  # kept: a function handle dies with its module
         self._functions: dict[str, int] = {}
         with cupy.cuda.Device(device), relaxed_capture():
             num_bytes = NUM_SLOTS * SLOT_BYTES

@@ -12,10 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import _check, _env, _graphs, _launch
-from ._check import (
-    DraftExtendKey,
-    DraftExtendTensors,
-)
+from ._check import DraftExtendKey, DraftExtendTensors
 from ._status import draft_extend_error
 
 #: ``struct DraftExtendArgs``: 9 pointers, 2 strides, 5 ints, flags, epoch, tiles per block.
@@ -216,6 +213,11 @@ def run(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
         except BaseException:
             _graphs.discard((stream, key))
             raise
+    return run_plainly(state, stream, key)
+
+
+def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
+    """Launch the kernels themselves and wait for the result word."""
     slot = state.take_slot()
     try:
         enqueue(state, slot, stream, key, reads=True)
@@ -371,13 +373,32 @@ def fill_draft_extend_metadata_cuda_async(
     return out_total
 
 
+#: Batch sizes and capacities that reach every kernel between them.
+WARM_SIZES = tuple(
+    (bs, rows)
+    for bs in (
+        WARP_MAX_BS,
+        BLOCK_THREADS,
+        BLOCK_THREADS * MAX_ITEMS,
+        ONE_LAUNCH_MAX_BS,
+        ONE_LAUNCH_MAX_BS + 1,
+    )
+    for rows in (1, QUADS_MIN_ROWS)
+)
+
+
 def warm(device: int) -> None:
     """Launch every kernel once, without rows: the driver loads code at the first launch."""
+    state = _launch.device_state(device)
     with torch.cuda.device(device):
         lengths = torch.zeros(ONE_LAUNCH_MAX_BS + 1, dtype=torch.int32, device="cuda")
-        outs = torch.empty((2, 1), dtype=torch.int32, device="cuda")
-        for bs in (WARP_MAX_BS, BLOCK_THREADS, 1024, ONE_LAUNCH_MAX_BS, ONE_LAUNCH_MAX_BS + 1):
-            fill_draft_extend_metadata_cuda(lengths[:bs], lengths[:bs], 1, outs[0], outs[1])
+        outs = torch.empty((2, QUADS_MIN_ROWS), dtype=torch.int32, device="cuda")
+        for bs, rows in WARM_SIZES:
+            of_batch = lengths[:bs]
+            _, key = _check.draft_extend(
+                of_batch, of_batch, 1, outs[0, :rows], outs[1, :rows], True, None
+            )
+            run_plainly(state, _launch.current_raw_stream(device), key)
 
 
 def raise_for_status(

@@ -13,8 +13,11 @@ import cupy_nsa_meta
 from backends import check_case
 from cases import BY_NAME, CASES, Outputs, case, random_batches
 from cupy_nsa_meta import (
+    _check,
     _graphs,
     _launch,
+    _module,
+    draft_extend,
     fill_draft_extend_metadata_cuda,
     plan_draft_extend_metadata,
 )
@@ -384,6 +387,20 @@ def test_slots_come_back_when_a_thread_ends():
 
     first = slots_in_use()
     assert [slots_in_use() for _ in range(3)] == [first] * 3
+
+
+def test_warmup_reaches_every_kernel():
+    """The driver loads a kernel's code at its first launch, which may not be inside a capture."""
+    lengths = torch.zeros(draft_extend.ONE_LAUNCH_MAX_BS + 1, dtype=torch.int32)
+    outs = torch.empty((2, draft_extend.QUADS_MIN_ROWS), dtype=torch.int32)
+    reached = set()
+    for bs, rows in draft_extend.WARM_SIZES:
+        _, key = _check.draft_extend(
+            lengths[:bs], lengths[:bs], 1, outs[0, :rows], outs[1, :rows], True, None
+        )
+        key = key._replace(expanded_ptr=1 << 20, clamped_ptr=1 << 24)  # aligned, as on a GPU
+        reached |= {name for name, _ in draft_extend.shape_of(key, 132).launches}
+    assert reached == set(_module.KERNELS["draft_extend"])
 
 
 def test_the_policy_of_the_cache():
