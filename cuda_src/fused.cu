@@ -30,6 +30,12 @@
 // of one request each, with no sum at all where rows are uniform. Above kOneLaunchMaxBs requests
 // fused_tiles adds up the tiles in a launch before.
 //
+// fused_direct is the same for the batches of a decode or speculative step, up to kRequestsPerTile
+// requests of at most kDirectMaxQ query tokens: a matter of latency. The thread that holds a request
+// writes its rows, so nothing is searched; sums are 32-bit, and up to a warp of requests every warp
+// makes them by itself, without a barrier. Lengths for which 32 bits are not enough, and those that
+// are an error, take the general way.
+//
 // Python twin: cupy_nsa_meta/fused.py; specification: cupy_nsa_meta/reference_fused.py
 #include "common.cuh"
 
@@ -328,20 +334,154 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
   if (status != 0) atomicMax(args.status, status);
 }
 
+// ---- The block of 1-D arrays of fused_direct ----------------------------------------------------
+
+constexpr int kDirectMaxQ = 8;         // query tokens of a request that the host announces
+constexpr int kDirectLengthBits = 30;  // a KV length, a top-k that cuts
+constexpr int kDirectQueryBits = 20;   // query tokens of a request
+
+// clipped_sum for first in (-2^20, 2^30 + 2^20), count <= 2^20, topk <= 2^30, modulo 2^32.
+__device__ __forceinline__ u64 direct_clipped_sum(int first, int count, int topk) {
+  const int rise_begin = min(max(-first, 0), count);
+  const int rise_end = min(max(topk - first, rise_begin), count);
+  const u64 ends = 2 * static_cast<i64>(first) + rise_begin + rise_end - 1;
+  const u64 rise = static_cast<u64>(static_cast<u32>(rise_end - rise_begin)) * ends / 2;
+  return rise + static_cast<u64>(static_cast<u32>(count - rise_end)) * static_cast<u32>(topk);
+}
+
+struct DirectShared {
+  u32 kv[kBlockWarps];  // sums of a warp
+  u32 q[kBlockWarps];
+  u32 clipped[kBlockWarps];
+  u32 unusual[kBlockWarps];
+};
+
+__device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
+  __shared__ DirectShared shared;
+  const int thread = threadIdx.x;
+  const int warp = thread / kWarpThreads;
+  const int lane = thread % kWarpThreads;
+  const int bs = args.bs;
+  // Every warp holds the requests and takes every kBlockWarps-th row of each; or every thread holds
+  // one request and takes all of its rows.
+  const bool spreads = bs <= kWarpThreads;
+  const int idx = spreads ? lane : thread;
+  const bool exists = idx < bs;
+  const bool is_uniform = args.uniform_q >= 0;
+  const bool has_extend = args.extend_seq_lens != nullptr;
+  Length seq = {0, 0}, extend = {0, 0};
+  if (exists) {
+    seq = fused_seq_lens(args)[idx];
+    if (has_extend) {
+      extend = fused_extend_lens(args)[idx];
+    } else {
+      extend.low = args.uniform_q;
+    }
+  }
+  // Cut to the bits that are usual, so that no arithmetic overflows before the others are noticed.
+  const int kv = exists ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
+  const int q = extend.low & ((1 << kDirectQueryBits) - 1);
+  const int topk = min(args.topk, 1 << kDirectLengthBits);
+  const int first = kv - q + 1;
+  const u64 clipped = direct_clipped_sum(first, q, topk);
+  u32 unusual = seq.high | static_cast<u32>(seq.low) >> kDirectLengthBits | extend.high |
+                static_cast<u32>(extend.low) >> kDirectQueryBits | static_cast<u32>(clipped >> 31) |
+                (is_uniform && exists && q != args.uniform_q ? 1u : 0u);
+
+  u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = static_cast<u32>(clipped);
+  u32 all_sums = kv_upto;
+#pragma unroll
+  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    const u32 kv_below = __shfl_up_sync(kFullWarp, kv_upto, distance);
+    const u32 q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
+    const u32 clipped_below = __shfl_up_sync(kFullWarp, clipped_upto, distance);
+    if (lane >= distance) {
+      kv_upto += kv_below;
+      q_upto += q_below;
+      clipped_upto += clipped_below;
+    }
+    all_sums |= kv_upto | clipped_upto;  // two good sums add up to less than 2^32
+  }
+  unusual |= all_sums >> 31;
+  bool is_unusual = __any_sync(kFullWarp, unusual != 0);
+  u32 total = __shfl_sync(kFullWarp, q_upto, kWarpThreads - 1);
+  if (!spreads) {
+    if (lane == kWarpThreads - 1) {
+      shared.kv[warp] = kv_upto;
+      shared.q[warp] = q_upto;
+      shared.clipped[warp] = clipped_upto;
+      shared.unusual[warp] = is_unusual ? 1 : 0;
+    }
+    __syncthreads();
+    u32 kv_before = 0, q_before = 0, clipped_before = 0;
+    u32 kv_sum = 0, clipped_sum = 0, marks = 0;
+    total = 0;
+#pragma unroll
+    for (int w = 0; w < kBlockWarps; ++w) {
+      if (w == warp) {
+        kv_before = kv_sum;
+        q_before = total;
+        clipped_before = clipped_sum;
+      }
+      kv_sum += shared.kv[w];
+      total += shared.q[w];
+      clipped_sum += shared.clipped[w];
+      marks |= (kv_sum | clipped_sum) >> 31 | shared.unusual[w];
+    }
+    kv_upto += kv_before;
+    q_upto += q_before;
+    clipped_upto += clipped_before;
+    is_unusual = marks != 0;
+  }
+  const u32 total_len = static_cast<u32>(args.total_len);
+  const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
+  if (unlikely(is_unusual || (may_be_less ? total > total_len : total != total_len))) {
+    row_block(args, 0, 0);  // the same in all threads
+    return;
+  }
+
+  if (thread == 0) {
+    args.cu_seqlens_k[0] = 0;
+    args.dsa_cu_seqlens_k[0] = 0;
+  }
+  if (!exists) return;
+  if (!spreads || warp == 0) {
+    args.cache_seqlens[idx] = kv;
+    args.cu_seqlens_k[idx + 1] = static_cast<int>(kv_upto);
+  }
+  const u32 row_begin = q_upto - static_cast<u32>(q);
+  const u32 clipped_begin = clipped_upto - static_cast<u32>(clipped);
+#pragma unroll 1
+  for (int j = spreads ? warp : 0; j < q; j += spreads ? kBlockWarps : 1) {
+    const u32 row = row_begin + static_cast<u32>(j);
+    const int expanded = max(first + j, 0);
+    args.dsa_cache_seqlens[row] = min(expanded, args.topk);
+    args.dsa_cu_seqlens_k[row + 1] =
+        static_cast<int>(clipped_begin + static_cast<u32>(direct_clipped_sum(first, j + 1, topk)));
+    if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = expanded;
+    if (args.paged_mqa_ctx_lens_2d != nullptr) args.paged_mqa_ctx_lens_2d[idx * args.mqa_stride + j] = kv;
+  }
+}
+
 // ---- Blocks of tables ---------------------------------------------------------------------------
 
-// Sum over all threads of the block. `warp_sums` [kBlockWarps] is shared memory, free on entry.
-__device__ __forceinline__ i64 block_sum(i64 v, i64* warp_sums) {
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    v += __shfl_xor_sync(kFullWarp, v, distance);
-  }
-  if (threadIdx.x % kWarpThreads == 0) warp_sums[threadIdx.x / kWarpThreads] = v;
+// Sum over all threads of the block of the sums of their warps. `warp_sums` [kBlockWarps] is shared
+// memory, free on entry.
+__device__ __forceinline__ i64 sum_of_warps(i64 warp_total, i64* warp_sums) {
+  if (threadIdx.x % kWarpThreads == 0) warp_sums[threadIdx.x / kWarpThreads] = warp_total;
   __syncthreads();
   i64 sum = 0;
 #pragma unroll
   for (int w = 0; w < kBlockWarps; ++w) sum += warp_sums[w];
   return sum;
+}
+
+__device__ __forceinline__ i64 block_sum(i64 v, i64* warp_sums) {
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    v += __shfl_xor_sync(kFullWarp, v, distance);
+  }
+  return sum_of_warps(v, warp_sums);
 }
 
 // Tokens that request idx has in the flattened table.
@@ -431,7 +571,8 @@ __device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 
 }
 
 // Block `block` of the blocks of one request: first those of page_table_1, then those of
-// real_page_table, then those of page_table_1_flattened.
+// real_page_table, then those of page_table_1_flattened. kIsDirect: of fused_direct, without the last.
+template <bool kIsDirect>
 __device__ __forceinline__ void table_block(const FusedArgs& args, int request, int block) {
   __shared__ i64 warp_sums[kBlockWarps];
   const i64 seq = fused_seq_lens(args)[request].value();
@@ -440,14 +581,15 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   // One tile of requests is latency bound: its extend lengths are loaded along with what the exits
   // below wait for, one by each thread.
   const bool rows_vary = args.uniform_q < 0 && (args.flags & kOneRowPerRequest) == 0;
-  const bool loads_early = rows_vary && args.num_tiles == 1;
+  const bool loads_early = rows_vary && (kIsDirect || args.num_tiles == 1);
+  // Up to a warp of requests every warp adds them up, and there is no barrier.
+  const bool in_warp = kIsDirect && args.bs <= kWarpThreads;
   int q = args.uniform_q;  // lengths of query tokens fit 32 bits
-  int early = 0;
+  u32 early = 0;
   if (loads_early) {
     q = static_cast<int>(query_tokens(args, request, &ignored));
-    if (static_cast<int>(threadIdx.x) < request) {
-      early = static_cast<int>(query_tokens(args, static_cast<int>(threadIdx.x), &ignored));
-    }
+    const int other = in_warp ? threadIdx.x % kWarpThreads : threadIdx.x;
+    if (other < request) early = static_cast<u32>(query_tokens(args, other, &ignored));
   }
   if (pool < 0 || pool >= args.pool_rows) {
     if (block == 0 && threadIdx.x == 0) atomicMax(args.status, kRequestOutsidePool);
@@ -464,7 +606,7 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
     row.out = args.real_page_table;
     row.stride = args.real_page_stride;
     shift = args.page_shift;
-    if (block >= blocks) {
+    if (!kIsDirect && block >= blocks) {
       block -= blocks;
       blocks = args.flattened_blocks;
       row.out = args.page_table_1_flattened;
@@ -482,8 +624,11 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
 
   if (rows_vary && !loads_early) q = static_cast<int>(query_tokens(args, request, &ignored));
   i64 sum = 0;
-  if (flattens || rows_vary) {
-    sum = block_sum(loads_early ? early : share_before(args, request, flattens), warp_sums);
+  if (loads_early && !flattens) {
+    sum = static_cast<i64>(warp_sum(early));
+    if (!in_warp) sum = sum_of_warps(sum, warp_sums);
+  } else if (flattens || rows_vary) {
+    sum = block_sum(share_before(args, request, flattens), warp_sums);
   }
   if (flattens) {
     const i64 room = args.flattened_size - sum;
@@ -527,8 +672,22 @@ extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBloc
   } else {
     const int table = block - row_blocks;
     const int blocks = args.page_1_blocks + args.real_page_blocks + args.flattened_blocks;
-    nsa::table_block(args, table / blocks, table % blocks);
+    nsa::table_block<false>(args, table / blocks, table % blocks);
   }
+}
+
+// Grid: a block of 1-D arrays, then the blocks of tables, request by request.
+extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBlocksPerSm)
+    fused_direct(const nsa::FusedArgs args) {
+  if (blockIdx.x == 0) {
+    nsa::direct_row_block(args);
+    return;
+  }
+  const nsa::u32 table = blockIdx.x - 1;
+  const nsa::u32 blocks = static_cast<nsa::u32>(args.page_1_blocks + args.real_page_blocks);
+  // A division takes longer than the rest of the way to the first load.
+  const nsa::u32 request = blocks == 1 ? table : table / blocks;
+  nsa::table_block<true>(args, static_cast<int>(request), static_cast<int>(table - request * blocks));
 }
 
 // Grid: num_tiles blocks.

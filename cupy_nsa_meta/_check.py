@@ -255,6 +255,7 @@ class FusedCall(NamedTuple):
     one_row_per_request: bool  # of the page tables; else one for each row
     device: int  # CUDA device index, -1 for the CPU
     total_is_capacity: bool = False  # total_len bounds T, which only the device knows
+    max_extend_len: int = INT32_MAX  # query tokens of a request, as the host announces them
 
 
 # How the outputs are laid out: 1-D outputs [0, 12) by the room that they need, then the tables.
@@ -376,7 +377,7 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
     return FusedCall(
         seq_lens, extend, pool, tokens, out, bs, total_len, width,
         topk if topk <= INT32_MAX else INT32_MAX, page_size, uniform_q, call.kv_add, call.pad_to,
-        call.one_row_per_request, device, call.total_is_capacity,
+        call.one_row_per_request, device, call.total_is_capacity, call.max_extend_len,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ VECTOR_COLUMNS = 4  # kVectorColumns
 MAX_ITEMS_PER_THREAD = 4  # kUnroll
 NUM_TILE_SUMS = 4  # kTileSums
 ONE_LAUNCH_MAX_BS = 16384
+DIRECT_MAX_EXTEND_LEN = 8  # kDirectMaxQ
 #: Table blocks per multiprocessor: below the first number a thread takes one item rather than
 #: several, so that small batches spread; above the second a block goes on along its row, so that
 #: long tables with short requests do not launch blocks that only find nothing to do.
@@ -94,7 +95,32 @@ def table_units(call: FusedCall) -> TableUnits:
 
 def geometry(call: FusedCall, num_sms: int) -> Geometry:
     """Tiles of requests, blocks over their rows, blocks over the columns of each table row."""
-    return cut_up(call.bs, max(call.total_len, call.pad_to), table_units(call), num_sms)
+    return cut_up(call.bs, rows_to_deal_out(call), table_units(call), num_sms)
+
+
+def is_direct(call: FusedCall) -> bool:
+    """Whether ``fused_direct`` serves the call: few requests of few query tokens each."""
+    out = call.outputs
+    return (
+        call.bs <= REQUESTS_PER_TILE
+        and (call.max_extend_len if call.uniform_q < 0 else call.uniform_q) <= DIRECT_MAX_EXTEND_LEN
+        and call.pad_to == 0
+        and out.cache_seqlens is not None
+        and out.cu_seqlens_k is not None
+        and out.dsa_cache_seqlens is not None
+        and out.dsa_cu_seqlens_k is not None
+        and out.page_table_1_flattened is None
+        and out[2:4] == (None, None)
+        and out[7:12] == _NOT_DIRECT
+    )
+
+
+_NOT_DIRECT = (None,) * 5  # token_to_batch_idx .. positions
+
+
+def rows_to_deal_out(call: FusedCall) -> int:
+    """Rows over which the blocks of 1-D arrays are spread; ``fused_direct`` has one such block."""
+    return 0 if is_direct(call) else max(call.total_len, call.pad_to)
 
 
 def cut_up(bs: int, rows: int, units: TableUnits, num_sms: int) -> Geometry:
@@ -181,7 +207,8 @@ _NO_ROW_OUTPUTS = (None,) * 9
 
 def launches(call: FusedCall, shape: Geometry, tiled: bool) -> tuple[tuple[str, int], ...]:
     """Kernel names and grids of a call, in order."""
-    last = ("fused", shape.grid(call.bs))
+    name = "fused_direct" if is_direct(call) and not tiled else "fused"
+    last = (name, shape.grid(call.bs))
     return (("fused_tiles", shape.num_tiles), last) if tiled else (last,)
 
 
@@ -700,6 +727,7 @@ def fused_dsa_draft_extend_metadata(
             dsa_cu_seqlens_k=dsa_cu_seqlens_k,
         )
     bs, total_len = _extend_sizes(bs, total_len, "max_extend_len", max_extend_len)
+    max_extend_len = int(max_extend_len)
     if type(max_total_len) is not int or max_total_len < total_len:
         max_total_len = _check.integer("max_total_len", max_total_len, 0)
         if total_len > max_total_len:
@@ -725,6 +753,7 @@ def fused_dsa_draft_extend_metadata(
             FusedCall(
                 seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
                 max_seqlen_k, dsa_index_topk, physical_page_size, uniform_q, 0, 0, False, -1,
+                False, min(max_extend_len, INT32_MAX),
             ),
             "max_seqlen_k",
         ),

@@ -170,7 +170,7 @@ class FusedPlan:
 
     def _pack(self, call: FusedCall, num_sms: int) -> tuple[bytes, tuple[tuple[str, int], ...]]:
         """The plan's arguments with the numbers of one batch."""
-        shape = fused.cut_up(call.bs, max(call.total_len, call.pad_to), self._units, num_sms)
+        shape = fused.cut_up(call.bs, fused.rows_to_deal_out(call), self._units, num_sms)
         args = bytearray(self._base)
         _SIZES.pack_into(args, _SIZES_AT, call.bs, call.total_len, call.pad_to)
         _UNIFORM_Q.pack_into(args, _UNIFORM_Q_AT, call.uniform_q)
@@ -395,6 +395,7 @@ def plan_fused_dsa_draft_extend_metadata(
     call = FusedCall(
         seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, max_bs, max_total_len,
         max_seqlen_k, dsa_index_topk, physical_page_size, -1, 0, 0, False, -1,
+        False, min(max_extend_len, INT32_MAX),
     )  # fmt: skip
     name = "plan_fused_dsa_draft_extend_metadata"
     return FusedPlan(name, call, "max_seqlen_k", max_extend_len, static)

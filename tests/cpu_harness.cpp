@@ -42,6 +42,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"draft_extend_tiles", wrap(draft_extend_tiles)},
     {"draft_extend_tiled", wrap(draft_extend_tiled)},
     {"fused", wrap(fused)},
+    {"fused_direct", wrap(fused_direct)},
     {"fused_tiles", wrap(fused_tiles)},
 };
 
