@@ -31,7 +31,7 @@
 // fused_tiles adds up the tiles in a launch before.
 //
 // fused_direct is the same for the batches of a decode or speculative step, up to kRequestsPerTile
-// requests of at most kDirectMaxQ query tokens: a matter of latency. The thread that holds a request
+// requests of at most 8 query tokens (the host decides): a matter of latency. The thread that holds a request
 // writes its rows, so nothing is searched; sums are 32-bit, and up to a warp of requests every warp
 // makes them by itself, without a barrier. Lengths for which 32 bits are not enough, and those that
 // are an error, take the general way.
@@ -336,7 +336,6 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
 
 // ---- The block of 1-D arrays of fused_direct ----------------------------------------------------
 
-constexpr int kDirectMaxQ = 8;         // query tokens of a request that the host announces
 constexpr int kDirectLengthBits = 30;  // a KV length, a top-k that cuts
 constexpr int kDirectQueryBits = 20;   // query tokens of a request
 

@@ -25,7 +25,7 @@ VECTOR_COLUMNS = 4  # kVectorColumns
 MAX_ITEMS_PER_THREAD = 4  # kUnroll
 NUM_TILE_SUMS = 4  # kTileSums
 ONE_LAUNCH_MAX_BS = 16384
-DIRECT_MAX_EXTEND_LEN = 8  # kDirectMaxQ
+DIRECT_MAX_EXTEND_LEN = 8  # query tokens of a request that fused_direct serves
 #: Table blocks per multiprocessor: below the first number a thread takes one item rather than
 #: several, so that small batches spread; above the second a block goes on along its row, so that
 #: long tables with short requests do not launch blocks that only find nothing to do.

@@ -279,7 +279,7 @@ def test_large_batches_bring_their_scratch(recording):  # noqa: F811
     plan.launch(100)
     (large, in_order), (small, one) = recording.launched
     assert [name for name, _ in in_order] == ["fused_tiles", "fused"]
-    assert [name for name, _ in one] == ["fused"]
+    assert [name for name, _ in one] == ["fused_direct"]
     at = fused_plan._TILE_SUMS_AT
     assert int.from_bytes(large[at : at + 8], "little") == plan._scratch.data_ptr()
     assert plan._scratch.numel() == fused.NUM_TILE_SUMS * 65
