@@ -69,6 +69,7 @@ class Case(Protocol):
 
     op: str
     labels: dict[str, Any]  # the "case" of a stored row
+    name: str  # in remarks
     total: int  # of the lengths that the buffers hold after advance()
 
     def advance(self) -> None:
@@ -300,7 +301,7 @@ class Contest:
         self.effort = effort
         self.tick = tick
         self.cache_info = cache_info
-        self.where = f"{suite}, {describe(case.labels)}"
+        self.where = f"{suite}, {case.name}"
 
     # -- calls timed by the host
 

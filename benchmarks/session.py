@@ -91,10 +91,9 @@ class Session:
         effort: Effort | None = None,
         loaders: Mapping[str, Loader] | None = None,
     ) -> Contest:
-        where = f"{suite}, {measure.describe(case.labels)}"
         return Contest(
             case,
-            self.bind(names, case, where, loaders),
+            self.bind(names, case, f"{suite}, {case.name}", loaders),
             self.timing,
             self.results,
             suite,
