@@ -6,9 +6,9 @@ The KV lengths are ``cache_seqlens``, so those after the step. Two kinds of them
     1024    1024 tokens each, whatever W is
 
 What is right is said by the reference: the public function on a second set of buffers, where
-``CUPY_NSA_META_BACKEND=python`` makes it plain torch, on the GPU too. Both sets are poisoned before,
-and no right value is negative, so that an element of the second set that still holds the sentinel is
-one that nobody may write.
+``CUPY_NSA_META_BACKEND=python`` makes it plain torch, on the GPU too. Both sets are poisoned
+before, and no right value is negative, so that an element of the second set that still holds the
+sentinel is one that nobody may write.
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ class FusedCase:
             self.pool.copy_(batch.pool)
 
     def keep_total(self) -> None:
-        """From here on other lengths of one total: a captured launch holds the total it was told."""
+        """From here on other lengths of one total: a captured launch holds the one it was told."""
         self._batches = self._same_total
         self.advance()
 

@@ -36,12 +36,13 @@ COMMIT_VARIABLE = "BENCH_COMMIT"
 #: metric -> the provider that bounds it from below, and the unit
 FLOORS = {END_TO_END: "floor-graph", HOST: "floor-graph", GPU: "floor-empty", BANDWIDTH: "fill"}
 TITLES = {
-    END_TO_END: "end-to-end, total returned, us",
+    END_TO_END: "end-to-end, us",
     HOST: "enqueue, us",
     GPU: "GPU time, us",
     FIRST_CALL: "first call, s",
     BANDWIDTH: "bandwidth, GB/s",
 }
+SIDE_BY_SIDE = ("fused",)  # suites of many cases: a line for each, not for each provider
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
@@ -215,11 +216,26 @@ def suite_tables(rows: Sequence[Row], suite: str) -> str:
     for metric in TITLES:
         measured = [row for row in own if row["metric"] == metric]
         if measured:
-            tables.append(f"{suite}: {TITLES[metric]}\n{_metric_table(rows, measured, metric)}")
+            side_by_side = suite in SIDE_BY_SIDE
+            lines = _by_provider(measured) if side_by_side else _with_floor(rows, measured, metric)
+            tables.append(f"{suite}: {TITLES[metric]}\n{align(lines)}")
     return "\n\n".join(tables)
 
 
-def _metric_table(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> str:
+def _by_provider(measured: Sequence[Row]) -> list[Sequence[str]]:
+    """A line for each case, a column for each provider's median."""
+    names = list(dict.fromkeys(row["provider"] for row in measured))
+    medians: dict[str, dict[str, float]] = {}
+    for row in measured:
+        case = f"{row['op']} {describe(row['case'])}"
+        medians.setdefault(case, {})[row["provider"]] = row["median"]
+    lines: list[Sequence[str]] = [("case", *names)]
+    for case, of_case in medians.items():
+        lines.append((case, *(number(of_case.get(name)) for name in names)))
+    return lines
+
+
+def _with_floor(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> list[Sequence[str]]:
     lines: list[Sequence[str]] = [("case", "provider", "median", "p20", "p80", "floor", "x floor")]
     for row in measured:
         floor = floor_of(rows, metric, row["case"])
@@ -233,7 +249,7 @@ def _metric_table(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> 
                 f"{row['median'] / floor['median']:.2f}" if floor is not None and compared else "-",
             )
         )
-    return align(lines)
+    return lines
 
 
 def number(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """SGLang's own functions, from its files: of an installed SGLang, or of an unpacked one.
 
-A file is executed by itself, so that its functions run where the rest of SGLang and its dependencies
-are missing. Nothing is downloaded.
+A file is executed by itself, so that its functions run where the rest of SGLang and its
+dependencies are missing. Nothing is downloaded.
 """
 
 from __future__ import annotations
