@@ -114,7 +114,7 @@ def _fused_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     plan = medians(rows, "cuda-plan", HOST)
     batches = [batch for batch in FUSED_BATCHES if any(point[1:3] == batch for point in gpu)]
     header = ["GPU us (SGLang)", *(f"bs {bs:,}, W {width:,}" for bs, width in batches)]
-    header += ["geometric mean", "largest", "enqueue (SGLang)", "`plan.launch()`"]
+    header += ["ratio, geometric mean", "ratio, largest", "enqueue (SGLang)", "`plan.launch()`"]
     lines = _with_rule(header)
     for op, page_table_1 in product(TITLES, (False, True)):
         if not any((point.op, point.page_table_1) == (op, page_table_1) for point in gpu):

@@ -210,14 +210,17 @@ def floor_of(rows: Sequence[Row], metric: str, labels: dict[str, Any] | None = N
 
 
 def suite_tables(rows: Sequence[Row], suite: str) -> str:
-    """A table per metric of a suite: floor and ratio in columns of their own."""
+    """A table per metric of a suite: floor and ratio in columns of their own, or all providers."""
     own = [row for row in rows if row["suite"] == suite]
     tables = []
     for metric in TITLES:
         measured = [row for row in own if row["metric"] == metric]
-        if measured:
-            side_by_side = suite in SIDE_BY_SIDE
-            lines = _by_provider(measured) if side_by_side else _with_floor(rows, measured, metric)
+        if measured and suite in SIDE_BY_SIDE:
+            for op in dict.fromkeys(row["op"] for row in measured):
+                lines = _by_provider([row for row in measured if row["op"] == op])
+                tables.append(f"{suite}, {op}: {TITLES[metric]}\n{align(lines)}")
+        elif measured:
+            lines = _with_floor(rows, measured, metric)
             tables.append(f"{suite}: {TITLES[metric]}\n{align(lines)}")
     return "\n\n".join(tables)
 
@@ -227,8 +230,7 @@ def _by_provider(measured: Sequence[Row]) -> list[Sequence[str]]:
     names = list(dict.fromkeys(row["provider"] for row in measured))
     medians: dict[str, dict[str, float]] = {}
     for row in measured:
-        case = f"{row['op']} {describe(row['case'])}"
-        medians.setdefault(case, {})[row["provider"]] = row["median"]
+        medians.setdefault(describe(row["case"]), {})[row["provider"]] = row["median"]
     lines: list[Sequence[str]] = [("case", *names)]
     for case, of_case in medians.items():
         lines.append((case, *(number(of_case.get(name)) for name in names)))

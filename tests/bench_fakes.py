@@ -38,7 +38,7 @@ class FakeGpu(measure.Device):
         return (perf_counter() - begin) * 1e6
 
 
-def row(suite, provider, metric, median, op="draft_extend", **case) -> dict[str, Any]:
+def stored_row(suite, provider, metric, median, op="draft_extend", **case) -> dict[str, Any]:
     return {
         "op": op,
         "suite": suite,
@@ -68,7 +68,7 @@ def fused_rows() -> list[dict[str, Any]]:
         case = {"bs": bs, "width": width, "page_table_1": page_table_1, "kv": kv, "seed": 0}
 
         def add(provider, metric, median, op=op, case=case):
-            rows.append(row("fused", provider, metric, median, op=op, **case))
+            rows.append(stored_row("fused", provider, metric, median, op=op, **case))
 
         tokens = 0.75 * width if kv == "half" else 1024
         moved = bs * tokens * 4 * (2 if op == "decode" else 4)  # bytes
@@ -94,7 +94,7 @@ def fused_rows() -> list[dict[str, Any]]:
         ):
             figures = (("end_to_end_us", enqueue + waits), ("host_us", enqueue), ("gpu_us", gpu))
             rows += [
-                row("fused", provider, metric, us, op="extend", **case)
+                stored_row("fused", provider, metric, us, op="extend", **case)
                 for metric, us in figures
                 if us is not None
             ]
