@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -447,4 +446,5 @@ def _first_fault(
 
 
 def plan_maker(op: str) -> Callable[..., Any]:
-    return partial(getattr(cupy_nsa_meta, f"plan_{FUNCTIONS[op]}"))
+    maker: Callable[..., Any] = getattr(cupy_nsa_meta, f"plan_{FUNCTIONS[op]}")
+    return maker

@@ -19,8 +19,6 @@ from . import providers, upstream
 from .fused import FUNCTIONS, OUTPUTS, FusedCase, plan_maker
 from .measure import Binder, Bound, Loader
 
-OWN = ("cuda", "cuda-plan")
-
 
 def load_cuda(device: torch.device) -> Binder:
     """The eager function on the tensor objects of the previous call."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .fused import HALF
+from .fused import EXTEND_ROWS, HALF
 from .fused_results import TITLES, Point, medians, values_of
 from .measure import END_TO_END, GPU, HOST
 
@@ -95,7 +95,8 @@ def extend_figure(pyplot: Any, rows: list[dict[str, Any]], gpu: str) -> Any:
         _finish(axes, sorted({bs for points in series.values() for bs, _ in points}))
     grid[0][0].set_ylabel("us per call")
     grid[0][0].legend(frameon=False, fontsize=10, loc="upper left")
-    figure.suptitle(f"EXTEND, 8,192 to 16,384 rows, all 1-D arrays, {gpu}", x=0.02, ha="left")
+    rows_text = " to ".join(f"{count:,}" for count in EXTEND_ROWS)
+    figure.suptitle(f"EXTEND, {rows_text} rows, all 1-D arrays, {gpu}", x=0.02, ha="left")
     figure.tight_layout()
     return figure
 

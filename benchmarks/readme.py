@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import BenchError, targets
-from .fused import HALF
+from .fused import EXTEND_ROWS, HALF
 from .fused_results import TITLES, Point, geometric_mean, medians, ratios, values_of
 from .measure import BANDWIDTH, END_TO_END, FIRST_CALL, GPU, HOST
 from .report import number
@@ -226,7 +226,8 @@ def _fused_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
             "bandwidth of a torch copy of the same bytes."
         )
     if medians(rows, "cuda", END_TO_END, "extend"):
-        lines.append("EXTEND: 8,192 to 16,384 rows, all 1-D arrays.")
+        lowest, highest = EXTEND_ROWS
+        lines.append(f"EXTEND: {lowest:,} to {highest:,} rows, all 1-D arrays.")
     return lines
 
 

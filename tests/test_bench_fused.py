@@ -471,6 +471,25 @@ def test_a_copy_moves_the_bytes_of_the_case(any_device):
     assert 2 * copied.numel() * copied.element_size() == pytest.approx(case.moved_bytes, abs=8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+def test_on_a_gpu_our_providers_are_right_and_captured(op):
+    device = torch.device("cuda", 0)
+    shape = Shape(op, 5, seed=3) if op == "extend" else Shape(op, 5, WIDTH, True, seed=3)
+    tables = tables_of([shape], device) if shape.has_tables else None
+    cupy_nsa_meta.last_status(device)
+    session = Session(device, 64, effort=Effort(1, 5, 4, 20.0, 4))
+    names = suite.EXTEND_PROVIDERS if op == "extend" else ("cuda", "cuda-plan", "copy")
+    case = FusedCase(shape, 64, device, tables)
+    measured = session.contest("fused", case, names, loaders=fused_providers.PROVIDERS)
+    assert set(measured.host()) == set(names) - {"copy"}
+    assert set(measured.end_to_end()) == (set(names) if op == "extend" else set())
+    case.keep_total()
+    assert set(measured.gpu()) == set(names) - {"loop"}
+    assert (session.results.mismatches, session.results.left_out) == (0, [])
+    assert cupy_nsa_meta.last_status(device) == 0, "no launch was told a wrong total"
+
+
 # ---- The suite ----------------------------------------------------------------------------------
 
 
