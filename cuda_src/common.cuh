@@ -149,21 +149,23 @@ __device__ __forceinline__ u32 warp_inclusive_scan(u32 v, Marks& marks) {
   return v;
 }
 
-// Sum over the lanes of a warp, in every lane; exact for any values.
-__device__ __forceinline__ u64 warp_sum(u32 v) {
-  // Two halves, so that no sum leaves 32 bits: sm_80 and newer add up a warp in one instruction.
+// Sum over the lanes of a warp, in every lane, that fits 32 bits.
+__device__ __forceinline__ u32 warp_sum_small(u32 v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const u32 low = __reduce_add_sync(kFullWarp, v & 0xffffu);
-  const u32 high = __reduce_add_sync(kFullWarp, v >> 16);
+  return __reduce_add_sync(kFullWarp, v);  // one instruction
 #else
-  u32 low = v & 0xffffu, high = v >> 16;
 #pragma unroll
   for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    low += __shfl_xor_sync(kFullWarp, low, distance);
-    high += __shfl_xor_sync(kFullWarp, high, distance);
+    v += __shfl_xor_sync(kFullWarp, v, distance);
   }
+  return v;
 #endif
-  return (static_cast<u64>(high) << 16) + low;
+}
+
+// Sum over the lanes of a warp, in every lane; exact for any values.
+__device__ __forceinline__ u64 warp_sum(u32 v) {
+  // Two halves, so that no sum leaves 32 bits.
+  return (static_cast<u64>(warp_sum_small(v >> 16)) << 16) + warp_sum_small(v & 0xffffu);
 }
 
 struct alignas(16) WarpWords {

@@ -30,11 +30,12 @@
 // of one request each, with no sum at all where rows are uniform. Above kOneLaunchMaxBs requests
 // fused_tiles adds up the tiles in a launch before.
 //
-// fused_direct is the same for the batches of a decode or speculative step, up to kRequestsPerTile
-// requests of at most 8 query tokens (the host decides): a matter of latency. The thread that holds a request
-// writes its rows, so nothing is searched; sums are 32-bit, and up to a warp of requests every warp
-// makes them by itself, without a barrier. Lengths for which 32 bits are not enough, and those that
-// are an error, take the general way.
+// fused_direct is the same for the batches of a speculative step, and fused_direct_uniform for those of
+// decode and target-verify: up to kRequestsPerTile requests of few query tokens (the host decides), a
+// matter of latency, so of instructions in a chain. The thread that holds a request writes its rows,
+// so nothing is searched; sums are 32-bit, and up to a warp of requests every warp makes them by
+// itself, without a barrier. Lengths for which 32 bits are not enough, and those that are an error,
+// take the general way.
 //
 // Python twin: cupy_nsa_meta/fused.py; specification: cupy_nsa_meta/reference_fused.py
 #include "common.cuh"
@@ -62,6 +63,7 @@ enum FusedFlags : u32 {
   kHasRowOutputs = 8,      // some array indexed by rows is wanted
   kOneRowPerRequest = 16,  // page tables have one row for each request
   kTotalIsCapacity = 32,   // total_len bounds T, which only the lengths tell
+  kHasVectors = 64,        // of fused_direct: rows of page_table_1 can be copied by 16 bytes
 };
 
 // Packed by cupy_nsa_meta/fused.py, field by field in this order.
@@ -113,8 +115,12 @@ struct FusedArgs {
   int flattened_blocks;
   int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
   u32 flags;
+  int seq_step;  // of fused_direct: bytes between lengths
+  int extend_step;
+  int pool_step;
+  u32 blocks_inverse;  // ceil(2^32 / blocks of a request); 0 where there is one
 };
-static_assert(sizeof(FusedArgs) == 312, "cupy_nsa_meta/fused.py packs 312 bytes");
+static_assert(sizeof(FusedArgs) == 328, "cupy_nsa_meta/fused.py packs 328 bytes");
 
 __device__ __forceinline__ Lengths fused_seq_lens(const FusedArgs& args) {
   return {static_cast<const int*>(args.seq_lens), args.seq_stride, (args.flags & kFusedSeqIsInt64) != 0};
@@ -355,6 +361,24 @@ struct DirectShared {
   u32 unusual[kBlockWarps];
 };
 
+// Length idx of an array whose elements are `step` bytes apart.
+__device__ __forceinline__ Length direct_length(const void* lengths, int idx, int step, bool is_int64) {
+  const char* const at = static_cast<const char*>(lengths) + static_cast<i64>(idx) * step;
+  const int low = __ldg(reinterpret_cast<const int*>(at));
+  const int second = __ldg(reinterpret_cast<const int*>(at + (is_int64 ? sizeof(int) : 0)));
+  return {low, is_int64 ? second : low >> 31};
+}
+
+__device__ __forceinline__ Length direct_seq_len(const FusedArgs& args, int idx) {
+  return direct_length(args.seq_lens, idx, args.seq_step, (args.flags & kFusedSeqIsInt64) != 0);
+}
+
+__device__ __forceinline__ Length direct_extend_len(const FusedArgs& args, int idx) {
+  return direct_length(args.extend_seq_lens, idx, args.extend_step, (args.flags & kFusedExtendIsInt64) != 0);
+}
+
+// kUniform: every request has uniform_q query tokens, and there are no extend lengths.
+template <bool kUniform>
 __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   __shared__ DirectShared shared;
   const int thread = threadIdx.x;
@@ -366,15 +390,13 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   const bool spreads = bs <= kWarpThreads;
   const int idx = spreads ? lane : thread;
   const bool exists = idx < bs;
-  const bool is_uniform = args.uniform_q >= 0;
-  const bool has_extend = args.extend_seq_lens != nullptr;
   Length seq = {0, 0}, extend = {0, 0};
   if (exists) {
-    seq = fused_seq_lens(args)[idx];
-    if (has_extend) {
-      extend = fused_extend_lens(args)[idx];
-    } else {
+    seq = direct_seq_len(args, idx);
+    if constexpr (kUniform) {
       extend.low = args.uniform_q;
+    } else {
+      extend = direct_extend_len(args, idx);
     }
   }
   // Cut to the bits that are usual, so that no arithmetic overflows before the others are noticed.
@@ -384,15 +406,16 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   const int first = kv - q + 1;
   const u64 clipped = direct_clipped_sum(first, q, topk);
   u32 unusual = seq.high | static_cast<u32>(seq.low) >> kDirectLengthBits | extend.high |
-                static_cast<u32>(extend.low) >> kDirectQueryBits | static_cast<u32>(clipped >> 31) |
-                (is_uniform && exists && q != args.uniform_q ? 1u : 0u);
+                static_cast<u32>(extend.low) >> kDirectQueryBits | static_cast<u32>(clipped >> 31);
+  if constexpr (!kUniform) unusual |= args.uniform_q >= 0 && exists && q != args.uniform_q ? 1u : 0u;
 
   u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = static_cast<u32>(clipped);
   u32 all_sums = kv_upto;
 #pragma unroll
   for (int distance = 1; distance < kWarpThreads; distance *= 2) {
     const u32 kv_below = __shfl_up_sync(kFullWarp, kv_upto, distance);
-    const u32 q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
+    u32 q_below = 0;
+    if constexpr (!kUniform) q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
     const u32 clipped_below = __shfl_up_sync(kFullWarp, clipped_upto, distance);
     if (lane >= distance) {
       kv_upto += kv_below;
@@ -403,7 +426,8 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   }
   unusual |= all_sums >> 31;
   bool is_unusual = __any_sync(kFullWarp, unusual != 0);
-  u32 total = __shfl_sync(kFullWarp, q_upto, kWarpThreads - 1);
+  u32 total = args.total_len;
+  if constexpr (!kUniform) total = __shfl_sync(kFullWarp, q_upto, kWarpThreads - 1);
   if (!spreads) {
     if (lane == kWarpThreads - 1) {
       shared.kv[warp] = kv_upto;
@@ -432,10 +456,13 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
     clipped_upto += clipped_before;
     is_unusual = marks != 0;
   }
-  const u32 total_len = static_cast<u32>(args.total_len);
-  const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
-  if (unlikely(is_unusual || (may_be_less ? total > total_len : total != total_len))) {
-    row_block(args, 0, 0);  // the same in all threads
+  if constexpr (!kUniform) {
+    const u32 total_len = static_cast<u32>(args.total_len);
+    const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
+    is_unusual = is_unusual || (may_be_less ? total > total_len : total != total_len);
+  }
+  if (unlikely(is_unusual)) {  // the same in all threads
+    row_block(args, 0, 0);
     return;
   }
 
@@ -448,7 +475,8 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
     args.cache_seqlens[idx] = kv;
     args.cu_seqlens_k[idx + 1] = static_cast<int>(kv_upto);
   }
-  const u32 row_begin = q_upto - static_cast<u32>(q);
+  u32 row_begin = static_cast<u32>(idx * q);
+  if constexpr (!kUniform) row_begin = q_upto - static_cast<u32>(q);
   const u32 clipped_begin = clipped_upto - static_cast<u32>(clipped);
 #pragma unroll 1
   for (int j = spreads ? warp : 0; j < q; j += spreads ? kBlockWarps : 1) {
@@ -458,7 +486,9 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
     args.dsa_cu_seqlens_k[row + 1] =
         static_cast<int>(clipped_begin + static_cast<u32>(direct_clipped_sum(first, j + 1, topk)));
     if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = expanded;
-    if (args.paged_mqa_ctx_lens_2d != nullptr) args.paged_mqa_ctx_lens_2d[idx * args.mqa_stride + j] = kv;
+    if (kUniform && args.paged_mqa_ctx_lens_2d != nullptr) {
+      args.paged_mqa_ctx_lens_2d[idx * args.mqa_stride + j] = kv;
+    }
   }
 }
 
@@ -570,8 +600,7 @@ __device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 
 }
 
 // Block `block` of the blocks of one request: first those of page_table_1, then those of
-// real_page_table, then those of page_table_1_flattened. kIsDirect: of fused_direct, without the last.
-template <bool kIsDirect>
+// real_page_table, then those of page_table_1_flattened.
 __device__ __forceinline__ void table_block(const FusedArgs& args, int request, int block) {
   __shared__ i64 warp_sums[kBlockWarps];
   const i64 seq = fused_seq_lens(args)[request].value();
@@ -580,14 +609,12 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   // One tile of requests is latency bound: its extend lengths are loaded along with what the exits
   // below wait for, one by each thread.
   const bool rows_vary = args.uniform_q < 0 && (args.flags & kOneRowPerRequest) == 0;
-  const bool loads_early = rows_vary && (kIsDirect || args.num_tiles == 1);
-  // Up to a warp of requests every warp adds them up, and there is no barrier.
-  const bool in_warp = kIsDirect && args.bs <= kWarpThreads;
+  const bool loads_early = rows_vary && args.num_tiles == 1;
   int q = args.uniform_q;  // lengths of query tokens fit 32 bits
   u32 early = 0;
   if (loads_early) {
     q = static_cast<int>(query_tokens(args, request, &ignored));
-    const int other = in_warp ? threadIdx.x % kWarpThreads : threadIdx.x;
+    const int other = static_cast<int>(threadIdx.x);
     if (other < request) early = static_cast<u32>(query_tokens(args, other, &ignored));
   }
   if (pool < 0 || pool >= args.pool_rows) {
@@ -605,7 +632,7 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
     row.out = args.real_page_table;
     row.stride = args.real_page_stride;
     shift = args.page_shift;
-    if (!kIsDirect && block >= blocks) {
+    if (block >= blocks) {
       block -= blocks;
       blocks = args.flattened_blocks;
       row.out = args.page_table_1_flattened;
@@ -624,8 +651,7 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   if (rows_vary && !loads_early) q = static_cast<int>(query_tokens(args, request, &ignored));
   i64 sum = 0;
   if (loads_early && !flattens) {
-    sum = static_cast<i64>(warp_sum(early));
-    if (!in_warp) sum = sum_of_warps(sum, warp_sums);
+    sum = sum_of_warps(static_cast<i64>(warp_sum(early)), warp_sums);
   } else if (flattens || rows_vary) {
     sum = block_sum(share_before(args, request, flattens), warp_sums);
   }
@@ -658,6 +684,91 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   copy_tokens(row, begin, items, share, shift);  // behind vectors: three columns at most
 }
 
+// ---- The blocks of tables of fused_direct -------------------------------------------------------
+
+// Query tokens of a length, of which more than all rows of a small batch need not be told apart.
+__device__ __forceinline__ u32 direct_query_tokens(const Length& extend) {
+  constexpr int kManyRows = 1 << 12;
+  static_assert(kRequestsPerTile * kManyRows < 1 << 30, "their sums fit 32 bits");
+  if (extend.high != 0) return extend.high < 0 ? 0 : kManyRows;
+  return static_cast<u32>(extend.low) < kManyRows ? static_cast<u32>(extend.low) : kManyRows;
+}
+
+// As table_block; 32-bit numbers, and no more instructions before a load or store than it needs.
+template <bool kUniform>
+__device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
+  const int thread = threadIdx.x;
+  const int table = static_cast<int>(blockIdx.x) - 1;
+  const int blocks_of_request = args.page_1_blocks + args.real_page_blocks;
+  const int request = args.blocks_inverse == 0
+                          ? table
+                          : static_cast<int>(__umulhi(static_cast<u32>(table), args.blocks_inverse));
+  int block = table - request * blocks_of_request;
+  const Length seq = direct_seq_len(args, request);
+  const Length pool =
+      direct_length(args.req_pool_indices, request, args.pool_step, (args.flags & kFusedPoolIsInt64) != 0);
+  Length extend = {args.uniform_q, 0};
+  u32 before = 0;  // query tokens of this thread's share of the requests before
+  const bool rows_vary = !kUniform && args.uniform_q < 0;
+  const bool in_warp = args.bs <= kWarpThreads;  // every warp adds them up, without a barrier
+  if (rows_vary) {
+    const int other = in_warp ? thread % kWarpThreads : thread;
+    extend = direct_extend_len(args, request);
+    if (other < request) before = direct_query_tokens(direct_extend_len(args, other));
+  }
+
+  const bool is_page_1 = block < args.page_1_blocks;
+  if (!is_page_1) block -= args.page_1_blocks;
+  const int shift = is_page_1 ? 0 : args.page_shift;
+  const u32 per_thread = static_cast<u32>(args.table_items);
+  const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
+  if (unlikely(pool.high != 0 || static_cast<u32>(pool.low) >= static_cast<u32>(args.pool_rows))) {
+    if (block_first == 0 && thread == 0) atomicMax(args.status, kRequestOutsidePool);
+    return;
+  }
+  // Columns: min(max(seq + kv_add, 0), width), where seq may be beyond int32.
+  const int width = args.width;
+  constexpr int kFar = 1 << 30;
+  const int seq_cut = seq.high == seq.low >> 31 ? seq.low : seq.high < 0 ? -kFar : kFar;
+  const int kv = min(max(min(seq_cut, width) + args.kv_add, 0), width);
+  const u32 items = (static_cast<u32>(kv) + (1u << shift) - 1) >> shift;
+  if (block_first >= items) return;  // behind the live prefix: before any sum
+
+  TableRow row;
+  row.tokens = args.req_to_token + pool.low * args.token_stride;
+  row.out = is_page_1 ? args.page_table_1 : args.real_page_table;
+  row.stride = is_page_1 ? args.page_1_stride : args.real_page_stride;
+  int row_begin = request * args.uniform_q;
+  row.num_rows = args.uniform_q;
+  if constexpr (!kUniform) {
+    if (rows_vary) {
+      __shared__ u32 warp_sums[kBlockWarps];
+      u32 sum = warp_sum_small(before);
+      if (!in_warp) {
+        if (thread % kWarpThreads == 0) warp_sums[thread / kWarpThreads] = sum;
+        __syncthreads();
+        sum = 0;
+#pragma unroll
+        for (int w = 0; w < kBlockWarps; ++w) sum += warp_sums[w];
+      }
+      row_begin = static_cast<int>(sum);
+      row.num_rows = static_cast<int>(direct_query_tokens(extend));
+    }
+    row.num_rows = min(row.num_rows, args.total_len - row_begin);
+    if (row.num_rows <= 0) return;
+  }
+  row.out += row_begin * row.stride;
+  const int blocks = is_page_1 ? args.page_1_blocks : args.real_page_blocks;
+  const Share share = {block_first + static_cast<u32>(thread),
+                       static_cast<u32>(blocks) * per_thread * kBlockThreads, per_thread};
+  u32 begin = 0;
+  if (shift == 0 && (args.flags & kHasVectors) != 0) {
+    begin = items / kVectorColumns * kVectorColumns;
+    copy_vectors(row, items / kVectorColumns, share);
+  }
+  copy_tokens(row, begin, items, share, shift);  // behind vectors: three columns at most
+}
+
 }  // namespace nsa
 
 // Grid: num_tiles * row_parts blocks of 1-D arrays, then the blocks of tables, request by request, which
@@ -671,23 +782,23 @@ extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBloc
   } else {
     const int table = block - row_blocks;
     const int blocks = args.page_1_blocks + args.real_page_blocks + args.flattened_blocks;
-    nsa::table_block<false>(args, table / blocks, table % blocks);
+    nsa::table_block(args, table / blocks, table % blocks);
   }
 }
 
-// Grid: a block of 1-D arrays, then the blocks of tables, request by request.
-extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBlocksPerSm)
-    fused_direct(const nsa::FusedArgs args) {
-  if (blockIdx.x == 0) {
-    nsa::direct_row_block(args);
-    return;
+// Grids: a block of 1-D arrays, then the blocks of tables, request by request.
+#define NSA_DIRECT_KERNEL(name, kUniform)                                                  \
+  extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBlocksPerSm) \
+      name(const nsa::FusedArgs args) {                                                    \
+    if (blockIdx.x == 0) {                                                                 \
+      nsa::direct_row_block<kUniform>(args);                                               \
+    } else {                                                                               \
+      nsa::direct_table_block<kUniform>(args);                                             \
+    }                                                                                      \
   }
-  const nsa::u32 table = blockIdx.x - 1;
-  const nsa::u32 blocks = static_cast<nsa::u32>(args.page_1_blocks + args.real_page_blocks);
-  // A division takes longer than the rest of the way to the first load.
-  const nsa::u32 request = blocks == 1 ? table : table / blocks;
-  nsa::table_block<true>(args, static_cast<int>(request), static_cast<int>(table - request * blocks));
-}
+NSA_DIRECT_KERNEL(fused_direct, false)
+NSA_DIRECT_KERNEL(fused_direct_uniform, true)
+#undef NSA_DIRECT_KERNEL
 
 // Grid: num_tiles blocks.
 extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads) fused_tiles(const nsa::FusedArgs args) {

@@ -28,7 +28,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "draft_extend_tiles",
         "draft_extend_tiled",
     ),
-    "fused": ("fused", "fused_direct", "fused_tiles"),
+    "fused": ("fused", "fused_direct", "fused_direct_uniform", "fused_tiles"),
 }
 
 _compile_lock = threading.RLock()

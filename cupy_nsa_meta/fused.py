@@ -20,8 +20,9 @@ from ._launch import PackedLaunch
 from ._status import INT32_MAX, Status, fused_error
 from .dispatch import cuda_unavailable_reason
 
-#: ``struct FusedArgs`` of fused.cu: 22 pointers, 7 strides and 2 sizes, 15 ints, flags.
-ARGS = struct.Struct("<22Q9q15iI")
+#: ``struct FusedArgs`` of fused.cu: 22 pointers, 7 strides and 2 sizes, 15 ints, flags, and of
+#: fused_direct 3 steps and an inverse.
+ARGS = struct.Struct("<22Q9q15iI3iI")
 assert ARGS.size <= _launch.ARGS_BYTES
 
 REQUESTS_PER_TILE = _launch.BLOCK_THREADS  # kRequestsPerTile
@@ -43,6 +44,7 @@ POOL_IS_INT64 = 4
 HAS_ROW_OUTPUTS = 8
 ONE_ROW_PER_REQUEST = 16
 TOTAL_IS_CAPACITY = 32
+HAS_VECTORS = 64
 
 #: Stands for "not given" where an alias keyword or a later default forbids leaving it out.
 REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "<required>"})()
@@ -97,24 +99,38 @@ def table_units(call: FusedCall) -> TableUnits:
     return TableUnits(page_1, real_page, flattened)
 
 
-def has_direct_outputs(out: FusedOutputs) -> bool:
-    """Whether ``fused_direct`` knows these outputs: those of decode and speculative steps."""
-    return (
-        out.cache_seqlens is not None
-        and out.cu_seqlens_k is not None
-        and out.dsa_cache_seqlens is not None
-        and out.dsa_cu_seqlens_k is not None
-        and out.page_table_1_flattened is None
-        and out[2:4] == (None, None)
-        and out[7:12] == _NOT_DIRECT
+def direct_kernel(call: FusedCall) -> str | None:
+    """The kernel for few requests that knows the tensors of a call, those of decode and speculative
+    steps; None where there is none."""
+    out = call.outputs
+    if (
+        out.cache_seqlens is None
+        or out.cu_seqlens_k is None
+        or out.dsa_cache_seqlens is None
+        or out.dsa_cu_seqlens_k is None
+        or out.page_table_1_flattened is not None
+        or out[2:4] != (None, None)
+        or out[7:12] != _NOT_DIRECT
+        or max(_steps(call)) > INT32_MAX
+        or (call.req_to_token is not None and call.req_to_token.size(0) > INT32_MAX)
+    ):
+        return None
+    return "fused_direct_uniform" if call.extend_seq_lens is None else "fused_direct"
+
+
+def _steps(call: FusedCall) -> tuple[int, int, int]:
+    """Bytes between lengths of seq_lens, extend_seq_lens and req_pool_indices."""
+    seq, extend, pool = (
+        0 if tensor is None else tensor.stride(0) * tensor.element_size() for tensor in call[:3]
     )
+    return seq, extend, pool
 
 
 _NOT_DIRECT = (None,) * 5  # token_to_batch_idx .. positions
 
 
-def is_direct(call: FusedCall) -> bool:
-    """Whether ``fused_direct`` serves a call with such outputs: few requests, few query tokens."""
+def is_small(call: FusedCall) -> bool:
+    """Whether the numbers of a call are those of ``direct_kernel``: few requests, few rows each."""
     return (
         call.bs <= REQUESTS_PER_TILE
         and (call.max_extend_len if call.uniform_q < 0 else call.uniform_q) <= DIRECT_MAX_EXTEND_LEN
@@ -148,17 +164,18 @@ def _blocks(columns: int, columns_per_item: int) -> int:
 
 
 def plan_launch(
-    call: FusedCall, units: TableUnits, direct_outputs: bool, num_sms: int, tiled: bool
+    call: FusedCall, units: TableUnits, direct: str | None, num_sms: int, tiled: bool
 ) -> tuple[Geometry, tuple[tuple[str, int], ...]]:
     """Geometry, and kernels and grids in order, of a call from its numbers.
 
-    Tiles of requests, blocks over their rows (of which ``fused_direct`` has one), blocks over the
-    columns of each table row.
+    Tiles of requests, blocks over their rows (of which the ``direct`` kernel has one), blocks over
+    the columns of each table row.
     """
-    direct = direct_outputs and not tiled and is_direct(call)
-    rows = 0 if direct else max(call.total_len, call.pad_to)
+    if tiled or not is_small(call):
+        direct = None
+    rows = max(call.total_len, call.pad_to) if direct is None else 0
     shape = cut_up(call.bs, rows, units, num_sms)
-    last = ("fused_direct" if direct else "fused", shape.grid(call.bs))
+    last = (direct or "fused", shape.grid(call.bs))
     return shape, ((("fused_tiles", shape.num_tiles), last) if tiled else (last,))
 
 
@@ -183,6 +200,11 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
         flags |= ONE_ROW_PER_REQUEST
     if call.total_is_capacity:
         flags |= TOTAL_IS_CAPACITY
+    if page_1 is not None and tokens is not None:
+        places = tokens.data_ptr() | page_1.data_ptr()
+        if (places | 4 * (tokens.stride(0) | page_1.stride(0))) & 15 == 0:
+            flags |= HAS_VECTORS
+    seq_step, extend_step, pool_step = (min(step, INT32_MAX) for step in _steps(call))
     ARGS.pack_into(
         buffer,
         0,
@@ -218,6 +240,10 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
         shape.flattened_blocks,
         shape.table_items,
         flags,
+        seq_step,
+        extend_step,
+        pool_step,
+        _inverse(shape.table_blocks),
     )
 
 
@@ -233,7 +259,14 @@ _SIZES_AT = 31 * 8 + 4
 _UNIFORM_Q = struct.Struct("<i")
 _UNIFORM_Q_AT = _SIZES_AT + 6 * 4
 _SHAPE = struct.Struct("<6iI")  # Geometry, flags
-_SHAPE_AT = ARGS.size - _SHAPE.size
+_SHAPE_AT = _UNIFORM_Q_AT + 2 * 4
+_INVERSE = struct.Struct("<I")
+_INVERSE_AT = ARGS.size - _INVERSE.size
+
+
+def _inverse(divisor: int) -> int:
+    """ceil(2^32 / divisor): n * inverse >> 32 is n // divisor for n * divisor < 2^32."""
+    return -(-(1 << 32) // divisor) if divisor > 1 else 0
 
 
 class Template:
@@ -245,24 +278,23 @@ class Template:
     def __init__(self, call: FusedCall, num_sms: int, status: int) -> None:
         self.num_sms = num_sms
         self._units = table_units(call)
-        self._direct_outputs = has_direct_outputs(call.outputs)
+        self._direct = direct_kernel(call)
         base = bytearray(ARGS.size)
-        shape, _ = plan_launch(call, self._units, self._direct_outputs, num_sms, False)
+        shape, _ = plan_launch(call, self._units, self._direct, num_sms, False)
         _pack_all(base, call._replace(total_is_capacity=False), shape, status)
         self._base = bytes(base)
-        (self._flags,) = struct.unpack_from("<I", base, ARGS.size - 4)
+        self._flags: int = _SHAPE.unpack_from(base, _SHAPE_AT)[-1]
 
     def pack(self, call: FusedCall, tile_sums: int = 0) -> PackedLaunch:
         """The launch of a call with the same tensors, top-k, page size and width."""
-        shape, launches = plan_launch(
-            call, self._units, self._direct_outputs, self.num_sms, tile_sums != 0
-        )
+        shape, launches = plan_launch(call, self._units, self._direct, self.num_sms, tile_sums != 0)
         arguments = bytearray(self._base)
         _SIZES.pack_into(arguments, _SIZES_AT, call.bs, call.total_len, call.pad_to)
         _UNIFORM_Q.pack_into(arguments, _UNIFORM_Q_AT, call.uniform_q)
         flags = self._flags | (TOTAL_IS_CAPACITY if call.total_is_capacity else 0)
         _SHAPE.pack_into(arguments, _SHAPE_AT, *shape, flags)
         _POINTER.pack_into(arguments, _TILE_SUMS_AT, tile_sums)
+        _INVERSE.pack_into(arguments, _INVERSE_AT, _inverse(shape.table_blocks))
         return PackedLaunch(arguments, launches)
 
 
@@ -527,10 +559,15 @@ def warm(device: int) -> None:
             fused_dsa_extend_metadata(
                 zeros[:count], zeros[:count], total_len=0, dsa_index_topk=1, cache_seqlens=out
             )
-        outs = out[:4].unsqueeze(1)
+        one, outs = zeros[:1], out[:5].unsqueeze(1)
         fused_dsa_decode_metadata(
-            zeros, zeros, zeros[:1].unsqueeze(0), outs[0], outs[1], None, outs[2], outs[3], None,
+            one, one, one.unsqueeze(0), outs[0], outs[1], None, outs[2], outs[3], None,
             bs=0, max_len=0, dsa_index_topk=1, physical_page_size=1,
+        )  # fmt: skip
+        fused_dsa_draft_extend_metadata(
+            one, one, one, one.unsqueeze(0), outs[0], outs[1], None, outs[2], outs[3], outs[4],
+            None, bs=0, total_len=0, max_seqlen_k=0, dsa_index_topk=1, physical_page_size=1,
+            max_extend_len=1, max_total_len=0,
         )  # fmt: skip
 
 

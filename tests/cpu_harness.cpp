@@ -43,6 +43,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"draft_extend_tiled", wrap(draft_extend_tiled)},
     {"fused", wrap(fused)},
     {"fused_direct", wrap(fused_direct)},
+    {"fused_direct_uniform", wrap(fused_direct_uniform)},
     {"fused_tiles", wrap(fused_tiles)},
 };
 

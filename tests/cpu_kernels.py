@@ -256,7 +256,8 @@ class FusedJob:
 def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
     """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
     call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
-    args, launches = fused.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
+    packed = fused.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
+    args = packed.buffer[: fused.ARGS.size]
     pointers: list[tuple[int, int, int]] = []
     tensors: list[torch.Tensor] = []
     for position, tensor in enumerate((*call[:FUSED_INPUTS], *call.outputs)):
@@ -269,7 +270,7 @@ def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = Fa
     if tiled:
         pointers.append((8 * (NUM_FUSED_POINTERS - 1), len(buffers), 0))
         buffers.append(Buffer(b"\x55" * (8 * fused.NUM_TILE_SUMS * fused.num_tiles(call.bs))))
-    job = Job(buffers, bytes(args), pointers, launches)
+    job = Job(buffers, bytes(args), pointers, packed.launches)
     return FusedJob(case, call, job, tensors)
 
 

@@ -40,6 +40,9 @@ template <class T>
 inline T __ldg(const T* at) {
   return *at;
 }
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<std::uint64_t>(a) * b >> 32);
+}
 inline int atomicMax(int* at, int value) {
   std::atomic_ref<int> word(*at);
   int old = word.load();

@@ -509,7 +509,7 @@ def test_geometry_stays_in_bounds():
             shape, _ = fused.plan_launch(
                 call,
                 fused.table_units(call),
-                fused.has_direct_outputs(call.outputs),
+                fused.direct_kernel(call),
                 num_sms,
                 False,
             )
@@ -519,6 +519,11 @@ def test_geometry_stays_in_bounds():
             has_tables = bool(call.bs) and any(t is not None for t in call.outputs[13:])
             assert (shape.table_blocks > 0) == has_tables
             assert shape.grid(call.bs) < 2**31
+            if fused.is_small(call) and shape.table_blocks > 1:
+                last = call.bs * shape.table_blocks - 1
+                inverse = fused._inverse(shape.table_blocks)
+                for table in (last, last - shape.table_blocks, last + 1 - shape.table_blocks):
+                    assert table * inverse >> 32 == table // shape.table_blocks
     assert fused.ARGS.size <= _launch.ARGS_BYTES
 
 

@@ -279,7 +279,7 @@ def test_large_batches_bring_their_scratch(fake_device):
     plan.launch(100)
     (large, in_order), (small, one) = fake_device.launched
     assert [name for name, _ in in_order] == ["fused_tiles", "fused"]
-    assert [name for name, _ in one] == ["fused_direct"]
+    assert [name for name, _ in one] == ["fused_direct_uniform"]
     at = fused._TILE_SUMS_AT
     assert int.from_bytes(large[at : at + 8], "little") == plan._scratch.data_ptr()
     assert plan._scratch.numel() == fused.NUM_TILE_SUMS * 65
@@ -291,10 +291,12 @@ def test_rows_from_the_device_are_a_flag(fake_device):
     plan = plan_of(built)
     plan.launch(total_len=11)
     plan.launch()
-    flags = [int.from_bytes(args[-4:], "little") for args, _ in fake_device.launched]
+    at = fused._SHAPE_AT + fused._SHAPE.size - 4
+    (given, _), (bounded, _) = fake_device.launched
+    flags = [int.from_bytes(args[at : at + 4], "little") for args in (given, bounded)]
     assert flags[1] == flags[0] | fused.TOTAL_IS_CAPACITY
     assert flags[1] != flags[0]
-    assert fake_device.launched[0][0][:-4] == fake_device.launched[1][0][:-4]
+    assert given[:at] + given[at + 4 :] == bounded[:at] + bounded[at + 4 :]
 
 
 def test_a_launch_reads_no_tensor(fake_device, monkeypatch):
