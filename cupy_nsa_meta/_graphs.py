@@ -101,25 +101,28 @@ class CapturedLaunch:
 def _launchers(
     state: DeviceState, graph: int, slot: Slot
 ) -> tuple[Callable[[int], None], Callable[[int], int]]:
-    """``launch`` and ``run`` of a captured launch."""
-    device, on_device = state.device, state.cupy.cuda.Device
+    """``launch`` and ``run`` of a captured launch.
+
+    Each reads an attribute of the state: in a forked process that raises.
+    """
+    on_device = state.cupy.cuda.Device
     get_device, graph_launch = state.runtime.getDevice, state.runtime.graphLaunch
     words, index, wait = state.words, slot.index, state.wait
 
     def launch(stream: int) -> None:
         slot.epoch = slot.epoch % EPOCH_MASK + 1
-        if get_device() == device:
+        if get_device() == state.device:
             graph_launch(graph, stream)
         else:
-            with on_device(device):
+            with on_device(state.device):
                 graph_launch(graph, stream)
 
     def run(stream: int) -> int:
         epoch = slot.epoch = slot.epoch % EPOCH_MASK + 1
-        if get_device() == device:
+        if get_device() == state.device:
             graph_launch(graph, stream)
         else:
-            with on_device(device):
+            with on_device(state.device):
                 graph_launch(graph, stream)
         for _ in range(QUICK_LOOKS):
             word = words[index]
