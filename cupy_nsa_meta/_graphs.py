@@ -24,6 +24,7 @@ from ._launch import (
     WORD_MASK,
     DeviceState,
     Slot,
+    is_forked,
     relaxed_capture,
 )
 
@@ -94,8 +95,8 @@ class CapturedLaunch:
 
     def __del__(self) -> None:
         slot = getattr(self, "slot", None)
-        if slot is None or sys is None or sys.is_finalizing():
-            return  # a process that ends takes graphs and slots with it
+        if slot is None or sys is None or sys.is_finalizing() or is_forked():
+            return  # a process that ends takes graphs and slots with it; a forked one has none
         if self._exec:
             self.state.runtime.graphExecDestroy(self._exec)
         # A launch that has not answered yet would answer in somebody else's slot.

@@ -144,6 +144,9 @@ class DraftExtendPlan:
         with _launch.relaxed_capture():
             return int(self._outcome[1])
 
+    def __reduce__(self) -> Any:
+        raise _launch.not_movable("plan_draft_extend_metadata")
+
     def _record(self, state: _launch.DeviceState, stream: int) -> None:
         slot = state.take_slot()
         shape = draft_extend.shape_of(self._key, state.num_sms)

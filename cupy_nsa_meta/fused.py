@@ -372,6 +372,8 @@ def last_status(device: int | torch.device | str | None = None, reset: bool = Tr
         else:
             index = torch.cuda.current_device() if device.index is None else device.index
     _check.boolean("reset", reset)
+    if index >= 0:
+        _launch.refuse_forked()
     if index >= 0 and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "cupy_nsa_meta.last_status: not allowed while a CUDA graph is being captured"
