@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import signal
+import sys
 
 import pytest
 import torch
@@ -148,10 +149,11 @@ def test_tensors_of_two_devices_are_refused(cuda, name):
 def test_a_fused_plan_is_refused_for_tensors_of_two_devices(cuda, name, op):
     built = OnDevice(BY_NAME[f"{op}_basic_ps64"], cuda, 1)
     built.arguments[name] = cuda._place(built.arguments[name].as_subclass(torch.Tensor), 0)
-    with pytest.raises(ValueError, match=f"{name}: expected device cuda:1 like seq_lens, got cuda:0"):
-        plan_of(built)
-    with pytest.raises(ValueError, match=f"{name}: expected device cuda:1 like seq_lens, got cuda:0"):
-        built.run()
+    for make in (lambda: plan_of(built), built.run):
+        with pytest.raises(
+            ValueError, match=f"{name}: expected device cuda:1 like seq_lens, got cuda:0"
+        ):
+            make()
 
 
 def test_out_total_of_another_device_is_refused(cuda):
@@ -238,7 +240,7 @@ def on_the_cpu():
     return [total, outs[:, :5].tolist(), cupy_nsa_meta.last_status("cpu")]
 
 
-def test_a_forked_child_is_told_so_and_can_use_the_cpu(cuda, monkeypatch, capfd):
+def test_a_forked_child_is_told_so_and_can_use_the_cpu(cuda, monkeypatch):
     given = batch(cuda, 0)
     for _ in range(3):
         cupy_nsa_meta.fill_draft_extend_metadata(*given)
@@ -251,6 +253,13 @@ def test_a_forked_child_is_told_so_and_can_use_the_cpu(cuda, monkeypatch, capfd)
     fused_plan.launch()
     other = OnDevice(BY_NAME["verify_basic_ps64"], cuda, 0)
     elsewhere = batch(cuda, 1)
+
+    def a_plan_that_dies():
+        complaints = []
+        monkeypatch.setattr(sys, "unraisablehook", lambda arguments: complaints.append(arguments))
+        plans.clear()
+        gc.collect()
+        return len(complaints)
 
     def uncached():
         monkeypatch.setenv("CUPY_NSA_META_GRAPH_CACHE", "0")
@@ -279,13 +288,14 @@ def test_a_forked_child_is_told_so_and_can_use_the_cpu(cuda, monkeypatch, capfd)
             "new_fused_plan": lambda: str(plan_of(other)),
             "last_status": lambda: cupy_nsa_meta.last_status(0),
             "warmup": cupy_nsa_meta.warmup,
-            "a_plan_that_dies": plans.clear,
+            "status_word": lambda: _launch.status_word(0).tolist(),
+            "a_plan_that_dies": a_plan_that_dies,
             "on_the_cpu": on_the_cpu,
             "is_available": cupy_nsa_meta.is_cuda_kernel_available,
             "reason": lambda: cupy_nsa_meta.get_kernel_info()["reason"],
         }
     )
-    assert outcomes.pop("a_plan_that_dies") == ["result", None]
+    assert outcomes.pop("a_plan_that_dies") == ["result", 0], "nothing that dies there complains"
     assert outcomes.pop("on_the_cpu") == ["result", [5, [EXPANDED, CLAMPED], 0]]
     assert outcomes.pop("is_available") == ["result", False]
     assert outcomes.pop("reason") == ["result", _launch.FORKED]
@@ -293,7 +303,6 @@ def test_a_forked_child_is_told_so_and_can_use_the_cpu(cuda, monkeypatch, capfd)
         assert outcome == ["RuntimeError", _launch.FORKED], name
     assert "\n" not in _launch.FORKED
     assert "spawn" in _launch.FORKED
-    assert capfd.readouterr() == ("", ""), "nothing is printed by what dies there"
     # The parent goes on.
     assert plan.run() == cupy_nsa_meta.fill_draft_extend_metadata(*given) == 5
     assert fused_plan.status() == 0
@@ -314,6 +323,24 @@ def test_a_child_that_was_forked_before_cuda_was_used(cuda):
     )
     assert outcomes["first"] == ["result", 5]
     assert outcomes["its_child"] == ["result", {"cuda": ["RuntimeError", _launch.FORKED]}]
+
+
+def test_no_other_backend_is_tried_in_a_forked_child(cuda, monkeypatch):
+    """Triton, chosen in the parent, cannot serve CUDA tensors there either."""
+
+    def no_memory(size, flags):
+        raise fake_cuda.FakeRuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+    cuda.cupy.cuda.runtime.hostAlloc = no_memory
+    monkeypatch.setattr(dispatch, "triton_unavailable_reason", lambda: None)
+    assert dispatch.choose(0).name == "triton"
+
+    def choose():
+        monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)  # as torch would say
+        return dispatch.choose(0).name
+
+    assert in_a_forked_child({"choose": choose})["choose"] == ["RuntimeError", _launch.FORKED]
+    assert dispatch.choose(0).name == "triton"
 
 
 def test_a_fork_while_another_thread_holds_a_lock(cuda):
