@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 #: The first row that fits speaks. ``{cuda}`` is the extra that fits torch, ``{cache}`` the folder.
 FAULTS = (
     Fault(
-        r"failed to load libnvrtc|libnvrtc-builtins",
+        r"libnvrtc",
         "NVRTC, the compiler, is missing or incomplete",
         "pip install 'cupy-nsa-meta[{cuda}]', which brings it",
     ),
