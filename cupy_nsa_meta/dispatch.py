@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _env, _launch, _module, draft_extend
+from . import _check, _env, _launch, _module, draft_extend
 from .draft_extend import (
     BLOCK_THREADS,
     LINEAR_SEARCH_MAX_BS,
@@ -230,20 +230,13 @@ def warmup(device: int | torch.device | str | None = None) -> None:
         device: a CUDA device; default: the current one.
 
     Raises:
+        TypeError, ValueError: no CUDA device.
         RuntimeError: the CUDA backend cannot run here (reason and remedy), or a CUDA graph is being
             captured.
     """
     _launch.refuse_forked()
     _module.import_cupy()
-    if device is None:
-        index = torch.cuda.current_device()
-    elif isinstance(device, int):
-        index = device
-    else:
-        device = torch.device(device)
-        if device.type != "cuda":
-            raise ValueError(f"device: expected a CUDA device, got {device}")
-        index = torch.cuda.current_device() if device.index is None else device.index
+    index = torch.cuda.current_device() if device is None else _check.device_index(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("cupy_nsa_meta.warmup: not allowed while a CUDA graph is being captured")
     from . import fused  # which chooses its backend with this module
