@@ -127,10 +127,15 @@ def draft_extend(
         limit = total_tokens
         flags += TOTAL_IS_GIVEN
 
-    extend_ptr = extend_seq_lens.data_ptr()
-    seq_ptr = seq_lens.data_ptr()
-    expanded_ptr = out_seqlens_expanded.data_ptr()
-    clamped_ptr = out_nsa_cache_seqlens.data_ptr()
+    try:
+        extend_ptr = extend_seq_lens.data_ptr()
+        seq_ptr = seq_lens.data_ptr()
+        expanded_ptr = out_seqlens_expanded.data_ptr()
+        clamped_ptr = out_nsa_cache_seqlens.data_ptr()
+    except RuntimeError:
+        for name, tensor in zip(DraftExtendArrays, tensors, strict=True):
+            has_memory(name, tensor)
+        raise
     if (
         extend_ptr < MIN_ADDRESS
         or seq_ptr < MIN_ADDRESS
@@ -556,7 +561,11 @@ MIN_ADDRESS = 1 << 16
 
 def has_memory(name: str, tensor: torch.Tensor) -> None:
     """A tensor whose elements lie somewhere: no FakeTensor, no functional wrapper."""
-    if tensor.numel() and tensor.data_ptr() < MIN_ADDRESS:
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # what torch announces for a FakeTensor
+        address = 0
+    if address < MIN_ADDRESS and tensor.numel():
         kind = type(tensor).__name__
         raise ValueError(f"{name}: expected a tensor with memory, got a {kind} without")
 

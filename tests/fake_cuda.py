@@ -256,6 +256,7 @@ def install(patch: pytest.MonkeyPatch, num_devices: int = 2) -> FakeCuda:
     patch.setattr(torch, "empty", cuda.allocator(_empty))
     for name, function in {
         "is_available": lambda: True,
+        "_is_in_bad_fork": lambda: False,
         "device_count": lambda: num_devices,
         "current_device": lambda: cuda.current,
         "device": cuda.device,

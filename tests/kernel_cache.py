@@ -102,10 +102,11 @@ def start_together(count: int, action: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    import cupy  # noqa: F401 (once, before the forks)
-    import torch  # noqa: F401
-
-    import cupy_nsa_meta  # noqa: F401
+    import torch  # noqa: F401 (once, before the forks; it does not touch the GPU)
 
     kind, number = sys.argv[1:]
+    if kind == "cpu":
+        import cupy  # noqa: F401
+
+        import cupy_nsa_meta  # noqa: F401
     print(json.dumps(start_together(int(number), cubin if kind == "cpu" else first_call)))
