@@ -211,6 +211,7 @@ def in_a_forked_child(actions):
     if child == 0:
         try:
             signal.alarm(30)  # not a hang, at any rate
+            torch.set_num_threads(1)  # the threads of the parent's OpenMP are not here
             outcomes = {}
             for name, action in actions.items():
                 try:
