@@ -99,10 +99,23 @@ def draft_extend(
         limit = total_tokens
         flags += TOTAL_IS_GIVEN
 
-    extend_ptr = extend_seq_lens.data_ptr()
-    seq_ptr = seq_lens.data_ptr()
-    expanded_ptr = out_seqlens_expanded.data_ptr()
-    clamped_ptr = out_nsa_cache_seqlens.data_ptr()
+    try:
+        extend_ptr = extend_seq_lens.data_ptr()
+        seq_ptr = seq_lens.data_ptr()
+        expanded_ptr = out_seqlens_expanded.data_ptr()
+        clamped_ptr = out_nsa_cache_seqlens.data_ptr()
+    except RuntimeError:
+        for name, tensor in zip(DraftExtendArrays, tensors, strict=True):
+            has_memory(name, tensor)
+        raise
+    if (
+        extend_ptr < MIN_ADDRESS
+        or seq_ptr < MIN_ADDRESS
+        or expanded_ptr < MIN_ADDRESS
+        or clamped_ptr < MIN_ADDRESS
+    ):
+        for name, tensor in zip(DraftExtendArrays, tensors, strict=True):
+            has_memory(name, tensor)
     # Spans of bytes first; exact positions only where two of them meet.
     expanded_end = expanded_ptr + 4 * room_expanded
     clamped_end = clamped_ptr + 4 * room_clamped
@@ -227,6 +240,8 @@ def out_total(array: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> t
             raise ValueError(f"out_total: expected shape [2] (total, status), got [{room}]")
         same_device(extend_seq_lens=tensors[0], out_total=tensor)
     begin = tensor.data_ptr()
+    if begin < MIN_ADDRESS:
+        has_memory("out_total", tensor)
     end = begin + 8
     for name, other in zip(DraftExtendArrays, tensors, strict=True):
         at = other.data_ptr()
@@ -390,6 +405,12 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
 
     # Spans apart from each other: each ends before the next begins.
     by_begin, by_end = sorted(begins), sorted(ends)
+    if by_begin[0] < MIN_ADDRESS:
+        named = {"seq_lens": seq_lens, "extend_seq_lens": extend, "req_pool_indices": pool}
+        named |= {"req_to_token": tokens} | call.outputs._asdict()
+        for name, tensor in named.items():
+            if tensor is not None:
+                has_memory(name, tensor)
     for end, begin in zip(by_end, by_begin[1:], strict=False):
         if end > begin:
             _explain_overlap(seq_lens, extend, pool, tokens, out)
@@ -426,6 +447,7 @@ def table(
     _require_tensor(name, tensor)
     if tensor.dtype is not _int32:
         raise TypeError(f"{name}: expected dtype torch.int32, got {tensor.dtype}")
+    dense(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected a 2-D tensor, got shape {list(tensor.shape)}")
     num_rows, num_columns = tensor.shape
@@ -553,6 +575,21 @@ def dense(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a dense tensor (torch.strided), got {kind}")
 
 
+#: No memory lies below (vm.mmap_min_addr): the pointer of a FakeTensor is its offset.
+MIN_ADDRESS = 1 << 16
+
+
+def has_memory(name: str, tensor: torch.Tensor) -> None:
+    """A tensor whose elements lie somewhere: no FakeTensor, no functional wrapper."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # what torch announces for a FakeTensor
+        address = 0
+    if address < MIN_ADDRESS and tensor.numel():
+        kind = type(tensor).__name__
+        raise ValueError(f"{name}: expected a tensor with memory, got a {kind} without")
+
+
 def integer(name: str, value: Any, lowest: int, highest: int | None = None) -> int:
     """A Python or NumPy integer in [lowest, highest]; a bool is not an int here."""
     if isinstance(value, bool) or not isinstance(value, (int, numpy.integer)):
@@ -569,6 +606,27 @@ def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, numpy.bool_)):
         raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     return bool(value)
+
+
+def device_index(device: Any, takes_cpu: bool = False) -> int:
+    """Index of the CUDA device that an argument ``device`` names; -1: the CPU."""
+    wanted = "a CUDA device or the CPU" if takes_cpu else "a CUDA device"
+    if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
+        raise TypeError(f"device: expected {wanted}, got {type(device).__name__}")
+    if not isinstance(device, int):
+        try:
+            named = torch.device(device)
+        except RuntimeError:  # no name of a device; torch lists all that there are
+            raise ValueError(f"device: expected {wanted}, got {device!r}") from None
+        if named.type == "cpu" and takes_cpu:
+            return -1
+        if named.type != "cuda":
+            raise ValueError(f"device: expected {wanted}, got {named}")
+        device = torch.cuda.current_device() if named.index is None else named.index
+    count = torch.cuda.device_count()
+    if not 0 <= device < count:
+        raise ValueError(f"device: expected the index of one of {count} CUDA devices, got {device}")
+    return int(device)
 
 
 def same_device(**tensors: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ from ._launch import (
     DeviceState,
     PackedLaunch,
     Slot,
+    is_forked,
     relaxed_capture,
 )
 
@@ -85,8 +86,8 @@ class CapturedLaunch:
 
     def __del__(self) -> None:
         state, slot = getattr(self, "state", None), getattr(self, "slot", None)
-        if state is None or sys is None or sys.is_finalizing():
-            return  # a process that ends takes graphs and slots with it
+        if state is None or sys is None or sys.is_finalizing() or is_forked():
+            return  # a process that ends takes graphs and slots with it; a forked one has none
         if self._exec:
             state.runtime.graphExecDestroy(self._exec)
         if slot is None:

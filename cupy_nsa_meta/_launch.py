@@ -14,6 +14,7 @@ late word has come.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -100,7 +101,11 @@ class DeviceState:
         with cupy.cuda.Device(device), relaxed_capture():
             num_bytes = NUM_SLOTS * SLOT_BYTES
             flags = self.runtime.hostAllocMapped | self.runtime.hostAllocPortable
-            self._base = self.runtime.hostAlloc(num_bytes, flags)  # kept until the process ends
+            try:
+                self._base = self.runtime.hostAlloc(num_bytes, flags)  # until the process ends
+            except self.runtime.CUDARuntimeError as error:
+                what = f"{num_bytes >> 10} KiB of pinned memory for the results of cuda:{device}"
+                raise _module.explain(f"cannot allocate {what}", error) from error
             self._counts = torch.zeros(NUM_SLOTS, dtype=torch.int32, device=f"cuda:{device}")
             self._counts_ptr = self._counts.data_ptr()
             torch.cuda.synchronize(device)  # zero for every stream
@@ -198,7 +203,8 @@ class DeviceState:
                 deadline = perf_counter_ns() + SPIN_NS
             elif perf_counter_ns() > deadline:
                 break
-        with relaxed_capture():
+        # The default stream, 0, is that of the current device.
+        with self.cupy.cuda.Device(self.device), relaxed_capture():
             self.runtime.streamSynchronize(stream)
         word = words[index]
         if word >> EPOCH_SHIFT != epoch:
@@ -241,7 +247,9 @@ def status_word(device: int) -> torch.Tensor:
     """The sticky status of a device (-1: the CPU), int32 [1]; kept until the process ends."""
     word = _status_words.get(device)
     if word is None:
-        if device >= 0 and torch.cuda.is_current_stream_capturing():
+        if device >= 0:
+            refuse_forked()
+        if device >= 0 and _is_capturing_on(device):
             raise RuntimeError(
                 "cupy_nsa_meta: nothing has run on this device yet, and its status word cannot be "
                 "allocated while a CUDA graph is being captured; make one call before"
@@ -269,7 +277,8 @@ def device_state(device: int, stem: str = "draft_extend") -> DeviceState:
     """
     state = _states.get(device)
     if state is None or stem not in state.stems:
-        if torch.cuda.is_current_stream_capturing():
+        refuse_forked()
+        if _is_capturing_on(device):
             raise RuntimeError(
                 "cupy_nsa_meta: the kernels are not compiled yet, and compiling is not allowed "
                 f"while a CUDA graph is being captured; call cupy_nsa_meta.warmup({device}) before"
@@ -282,3 +291,69 @@ def device_state(device: int, stem: str = "draft_extend") -> DeviceState:
                 state.load(stem)
             _states[device] = state
     return state
+
+
+def _is_capturing_on(device: int) -> bool:
+    """Whether a CUDA graph is captured on the current stream of a device, or of the current one."""
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return True
+    return bool(torch.cuda.is_current_stream_capturing())
+
+
+# ---- After a fork -------------------------------------------------------------------------------
+
+FORKED = (
+    "cupy_nsa_meta: this process was forked after CUDA was in use, which CUDA does not survive; "
+    "start processes with the method spawn (multiprocessing.set_start_method('spawn')), or fork "
+    "before the first CUDA call"
+)
+
+
+class _ForkedState(DeviceState):
+    """What a device's state is in a forked child: whatever is asked of it raises.
+
+    Every launch, of calls, plans and captured graphs, asks the state of its device for something,
+    so that the poison costs the other processes nothing.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__"):
+            return object.__getattribute__(self, name)
+        raise RuntimeError(FORKED)
+
+
+def not_movable(name: str) -> TypeError:
+    """For a plan that is to be pickled or copied."""
+    return TypeError(
+        f"{name}: a plan is bound to its buffers, device and process and cannot be pickled or "
+        "copied; send the tensors and make a plan there"
+    )
+
+
+_is_forked = False
+_left_behind: list[torch.Tensor] = []  # GPU memory of the parent, never freed from here
+
+
+def is_forked() -> bool:
+    """Whether this process is the forked child of one that used CUDA."""
+    return _is_forked or bool(torch.cuda._is_in_bad_fork())
+
+
+def refuse_forked() -> None:
+    if is_forked():
+        raise RuntimeError(FORKED)
+
+
+def _after_fork_in_child() -> None:
+    global _is_forked, _states_lock, _status_lock
+    # A thread of the parent may have held one of them; it does not exist here.
+    _states_lock, _status_lock = threading.Lock(), threading.Lock()
+    _is_forked = _is_forked or bool(_states) or any(device >= 0 for device in _status_words)
+    for state in _states.values():
+        state.__class__ = _ForkedState
+    for device in [device for device in _status_words if device >= 0]:
+        _left_behind.append(_status_words.pop(device))
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

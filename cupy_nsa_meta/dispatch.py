@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from . import _env, _launch, _module, draft_extend
+from . import _check, _env, _launch, _module, draft_extend
 from .draft_extend import (
     BLOCK_THREADS,
     LINEAR_SEARCH_MAX_BS,
@@ -38,15 +39,29 @@ _chosen: dict[tuple[str, int], Backend] = {}
 _cuda_reasons: dict[int, str | None] = {}
 
 
+def _after_fork_in_child() -> None:
+    _chosen.clear()
+    _cuda_reasons.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def cuda_unavailable_reason(device: int | None = None) -> str | None:
     """None where the CUDA kernels run on ``device`` (default: the current one), else why not.
 
-    The first call per device compiles the kernels, unless a CUDA graph is being captured.
+    The first call per device compiles the kernels, unless a CUDA graph is being captured. In a
+    forked child of a process that used CUDA, where no backend serves CUDA tensors, the question
+    about tensors of a device raises.
     """
     if device is None:
+        if _launch.is_forked():
+            return _launch.FORKED
         device = torch.cuda.current_device() if torch.cuda.is_available() else -1
     if device in _cuda_reasons:
         return _cuda_reasons[device]
+    if device >= 0:
+        _launch.refuse_forked()
     try:
         _module.import_cupy()
         if torch.cuda.is_current_stream_capturing():
@@ -189,7 +204,7 @@ def is_cuda_kernel_available() -> bool:
 def get_kernel_info() -> dict[str, Any]:
     """What the CUDA backend is, and why it is unavailable where it is (``reason``)."""
     reason = cuda_unavailable_reason()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and not _launch.is_forked()
     device = torch.cuda.current_device() if on_gpu else None
     return {
         "available": reason is None,
@@ -215,19 +230,13 @@ def warmup(device: int | torch.device | str | None = None) -> None:
         device: a CUDA device; default: the current one.
 
     Raises:
+        TypeError, ValueError: no CUDA device.
         RuntimeError: the CUDA backend cannot run here (reason and remedy), or a CUDA graph is being
             captured.
     """
+    _launch.refuse_forked()
     _module.import_cupy()
-    if device is None:
-        index = torch.cuda.current_device()
-    elif isinstance(device, int):
-        index = device
-    else:
-        device = torch.device(device)
-        if device.type != "cuda":
-            raise ValueError(f"device: expected a CUDA device, got {device}")
-        index = torch.cuda.current_device() if device.index is None else device.index
+    index = torch.cuda.current_device() if device is None else _check.device_index(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("cupy_nsa_meta.warmup: not allowed while a CUDA graph is being captured")
     from . import fused  # which chooses its backend with this module

@@ -163,6 +163,9 @@ class DraftExtendPlan:
         with _launch.relaxed_capture():
             return int(self._outcome[1])
 
+    def __reduce__(self) -> Any:
+        raise _launch.not_movable("plan_draft_extend_metadata")
+
     def _record(self) -> None:
         """Launch the plain kernels on torch's current stream."""
         state = self._state

@@ -524,17 +524,11 @@ def last_status(device: int | torch.device | str | None = None, reset: bool = Tr
     """
     if device is None:
         index = torch.cuda.current_device() if torch.cuda.is_available() else -1
-    elif isinstance(device, int):
-        index = device
     else:
-        device = torch.device(device)
-        if device.type not in ("cuda", "cpu"):
-            raise ValueError(f"device: expected a CUDA device or the CPU, got {device}")
-        if device.type == "cpu":
-            index = -1
-        else:
-            index = torch.cuda.current_device() if device.index is None else device.index
+        index = _check.device_index(device, takes_cpu=True)
     _check.boolean("reset", reset)
+    if index >= 0:
+        _launch.refuse_forked()
     if index >= 0 and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "cupy_nsa_meta.last_status: not allowed while a CUDA graph is being captured"
@@ -590,10 +584,13 @@ def _page_size(physical_page_size: Any, real_page_size: Any) -> Any:
     return real_page_size
 
 
+_LATE_INTS = ("next_n", "max_extend_len", "max_total_len")  # of them None is a wrong type
+
+
 def _required(**arguments: Any) -> None:
     """Raise for the first argument that is None; called once it is known that one is."""
     for name, value in arguments.items():
-        if value is None or value is REQUIRED:
+        if value is REQUIRED or (value is None and name not in _LATE_INTS):
             got = "None" if value is None else "nothing"
             kind = "an int" if value is REQUIRED else "a torch.Tensor"
             raise TypeError(f"{name}: expected {kind}, got {got}")

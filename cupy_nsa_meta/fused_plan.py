@@ -44,6 +44,7 @@ class FusedPlan:
         self._name = name
         self._call = call = _check.fused(call, width_name)
         self._device = call.device
+        self._state: _launch.DeviceState | None = None
         if self._is_capturing():
             raise RuntimeError(f"{name}: a plan is made before a CUDA graph is captured")
         self._max_extend_len = max_extend_len  # None: the number of rows follows from bs
@@ -55,7 +56,6 @@ class FusedPlan:
         #: 0; None while a run is on its way, and after one that was interrupted, whose launch may
         #: still write its word.
         self._run_status: torch.Tensor | None = None
-        self._state: _launch.DeviceState | None = None
         self._packed: dict[Any, PackedLaunch] = {}
         self._captured: dict[Any, CapturedLaunch] = {}
         if not fused._runs_cuda(call.device):
@@ -143,7 +143,12 @@ class FusedPlan:
         return Status(status)
 
     def _is_capturing(self) -> bool:
+        if self._state is not None:  # whatever device is the current one
+            return self._state.is_capturing(_launch.current_raw_stream(self._call.device))
         return self._call.device >= 0 and torch.cuda.is_current_stream_capturing()
+
+    def __reduce__(self) -> Any:
+        raise _launch.not_movable(self._name)
 
     def _enqueue(self, bs: Any, total_len: Any, pad_to: Any, status: torch.Tensor) -> None:
         state = self._state

@@ -78,7 +78,13 @@ def test_wheel_from_the_sdist(tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for name in ("LICENSE", "README.md", "pyproject.toml", "tests/cases.py"):
+    for name in (
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "tests/cases.py",
+        "examples/data_parallel.py",
+    ):
         assert (unpacked / name).is_file(), name
     check_wheel(build(tmp_path / "wheel", "--wheel", source=unpacked), tmp_path / "installed")
 
