@@ -10,8 +10,9 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
-from . import _check, _env, _graphs, _launch
+from . import _check, _env, _graphs, _launch, _traced
 from ._check import DraftExtendKey, DraftExtendTensors
 from ._status import draft_extend_error
 
@@ -308,6 +309,11 @@ def fill_draft_extend_metadata_cuda(
 
     Source: the layout is that of SGLang's draft-extend metadata for NSA/DSA attention.
     """
+    if is_compiling():
+        return _traced.fill(
+            "cuda", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+            out_nsa_cache_seqlens, use_adaptive, total_tokens,
+        )  # fmt: skip
     tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
