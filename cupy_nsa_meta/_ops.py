@@ -159,7 +159,7 @@ def _at_least(name: str, value: Int, lowest: int) -> None:
 
 
 def _total(total_tokens: Int) -> None:
-    """``_traced`` hands on -1 where the caller gave nothing."""
+    """``_traced`` hands on ``NOT_GIVEN`` where the caller gave nothing."""
     if _known(total_tokens < 0):
         raise ValueError(
             "total_tokens: expected an int >= 0; in a compiled graph no total can be read back, so "

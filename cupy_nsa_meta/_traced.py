@@ -12,6 +12,10 @@ import torch
 
 _ops = torch.ops.nsa_meta
 
+#: Refused by the operators with an error that names ``total_tokens=``. It ends the tracing; an
+#: exception raised here would be taken for a graph break.
+NOT_GIVEN = -1
+
 
 def fill(
     backend: str,
@@ -30,8 +34,7 @@ def fill(
         out_seqlens_expanded,
         out_nsa_cache_seqlens,
         use_adaptive,
-        # A fake kernel that raises ends the tracing; an exception here would be a graph break.
-        total_tokens=-1 if total_tokens is None else total_tokens,
+        total_tokens=NOT_GIVEN if total_tokens is None else total_tokens,
         backend=backend,
     )
     return total_tokens  # type: ignore[no-any-return]
@@ -73,3 +76,12 @@ def seqlens_expand(
     extend_seq_lens: Any, seq_lens: Any, total_len: Any, max_q_len: Any
 ) -> torch.Tensor:
     return _ops.seqlens_expand(extend_seq_lens, seq_lens, total_len, max_q_len)  # type: ignore[no-any-return]
+
+
+def fused_simple(
+    extend_seq_lens: Any, seq_lens: Any, nsa_index_topk: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Always refused: the function has no ``total_tokens``, the operator has."""
+    return _ops.draft_extend_metadata(  # type: ignore[no-any-return]
+        extend_seq_lens, seq_lens, nsa_index_topk, total_tokens=NOT_GIVEN
+    )
