@@ -528,9 +528,11 @@ def test_errors_of_the_run_time_come_through():
 
 def decode_into(page_table_1, real_page_table, page_size):
     """A decode step of three requests, W 16."""
-    outs = [torch.full((n,), -1, dtype=torch.int32) for n in (3, 4, 3, 4)]
+    device = page_table_1.device
+    outs = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in (3, 4, 3, 4)]
     cupy_nsa_meta.fused_dsa_decode_metadata(
-        torch.tensor([10, 4, 1]), torch.tensor([2, 0, 1]), torch.arange(64, dtype=torch.int32).view(4, 16),
+        torch.tensor([10, 4, 1], device=device), torch.tensor([2, 0, 1], device=device),
+        torch.arange(64, dtype=torch.int32, device=device).view(4, 16),
         outs[0], outs[1], page_table_1, outs[2], outs[3], real_page_table, 3, 16, 9, page_size,
     )  # fmt: skip
     return outs[0]
@@ -753,13 +755,20 @@ def test_out_total_and_the_functional_form_refuse(device):
         ops.seqlens_expand(extend, seq, -1, 4)
 
 
-def test_devices_may_not_mix():
-    """A CPU-only torch has no CUDA tensors, but fake ones."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        extend = torch.zeros(2, dtype=INT, device="meta")
-        outs = [torch.zeros(9, dtype=INT) for _ in range(2)]
-        with pytest.raises((ValueError, RuntimeError), match="device"):
-            ops.fill_draft_extend_metadata(extend, extend.clone(), 9, *outs, total_tokens=5)
+@pytest.mark.parametrize("name", ["fill_draft_extend_metadata", "fused_dsa_decode_metadata"])
+def test_devices_may_not_mix(name):
+    """With fake tensors, of which a CPU build of torch has CUDA ones too."""
+    _, arguments, keywords = next(call for call in operator_calls("cpu") if call[0] == name)
+    with FakeTensorMode() as mode:
+        placed = [moved(value, mode.from_tensor) for value in arguments]
+        named = {key: moved(value, mode.from_tensor) for key, value in keywords.items()}
+        there = torch.empty(999, dtype=INT, device="cuda")
+        if placed:
+            placed[4] = there
+        else:
+            named["dsa_cu_seqlens_k"] = there
+        with pytest.raises(ValueError, match="expected device cpu like .*, got cuda"):
+            getattr(ops, name)(*placed, **named)
 
 
 # ---- Plans --------------------------------------------------------------------------------------
