@@ -20,6 +20,7 @@ from test_ops import (
     Graphs,
     Recorder,
     check_fused,
+    check_fused_plan,
     check_seed,
     check_with_inductor,
     compiled,
@@ -305,3 +306,8 @@ def test_a_plan_in_a_compiled_region():
         assert torch.equal(torch.compile(step, backend="eager")(values), values * 2 + 1)
         outputs.check(item.expected())
     assert plan.run() == item.total
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_a_fused_plan_in_a_compiled_region(op):
+    check_fused_plan(op, DEVICE)

@@ -21,6 +21,7 @@ from cases import Case, Outputs
 from cupy_nsa_meta import _ops, reference
 from cupy_nsa_meta._status import INT32_MAX
 from fused_cases import FUNCTIONS, Built, FusedCase
+from fused_plans import batch_of, plan_of
 
 ops = torch.ops.nsa_meta
 
@@ -796,6 +797,31 @@ def test_a_plan_in_a_compiled_region():
     with pytest.raises(RuntimeError):
         torch.compile(lambda values: values + plan.run(), backend="eager", fullgraph=True)(values)
     assert plan.run() == item.total
+
+
+def check_fused_plan(op: str, device: str) -> None:
+    """Launches of a plan between compiled operators write what they write elsewhere."""
+    item = fused_cases.BY_NAME[f"{op}_basic_ps64"]
+    built = Built(item, device)
+    plan, batch = plan_of(built), batch_of(built)
+
+    def step(values):
+        doubled = values * 2
+        plan.launch(**batch)
+        return doubled + 1
+
+    values = torch.arange(3, device=device)
+    function = torch.compile(step, backend="eager")
+    for _ in range(3):
+        built.poison()
+        assert torch.equal(function(values), values * 2 + 1)
+        built.check(fused_cases.expected(item))
+    assert plan.status() == item.status
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_a_fused_plan_in_a_compiled_region(op):
+    check_fused_plan(op, "cpu")
 
 
 def test_the_references_under_a_compiler():
