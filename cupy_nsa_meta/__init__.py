@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import _ops as _ops  # registers torch.ops.nsa_meta.*
 from .dispatch import (
     fill_draft_extend_metadata,
     fill_draft_extend_metadata_async,

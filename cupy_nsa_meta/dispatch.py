@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
-from . import _check, _env, _launch, _module, draft_extend
+from . import _check, _env, _launch, _module, _traced, draft_extend
 from .draft_extend import (
     BLOCK_THREADS,
     LINEAR_SEARCH_MAX_BS,
@@ -145,6 +146,11 @@ def fill_draft_extend_metadata(
     cannot run raises ``RuntimeError``. An error in a call is raised, it never changes the choice.
     Arguments, result and errors are those of ``fill_draft_extend_metadata_cuda``.
     """
+    if is_compiling():
+        return _traced.fill(
+            "auto", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+            out_nsa_cache_seqlens, use_adaptive, total_tokens,
+        )  # fmt: skip
     return choose(_device_of(extend_seq_lens)).fill(
         extend_seq_lens,
         seq_lens,
@@ -184,6 +190,11 @@ def fill_draft_extend_metadata_async(
     Stream: torch's current stream of the tensors' device; no synchronisation. Can be captured after
     ``warmup``; replay reads the lengths that the buffers hold then.
     """
+    if is_compiling():
+        return _traced.fill_async(
+            extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
+            use_adaptive, total_tokens, out_total,
+        )  # fmt: skip
     return choose(_device_of(extend_seq_lens)).fill_async(
         extend_seq_lens,
         seq_lens,

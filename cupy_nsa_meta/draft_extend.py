@@ -13,8 +13,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
-from . import _check, _env, _graphs, _known, _launch
+from . import _check, _env, _graphs, _known, _launch, _traced
 from ._check import DraftExtendKey, DraftExtendTensors
 from ._graphs import CapturedLaunch, KnownCall, thread
 from ._launch import current_raw_stream
@@ -346,6 +347,11 @@ def fill_draft_extend_metadata_cuda(
 
     Source: the layout is that of SGLang's draft-extend metadata for NSA/DSA attention.
     """
+    if is_compiling():
+        return _traced.fill(
+            "cuda", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+            out_nsa_cache_seqlens, use_adaptive, total_tokens,
+        )  # fmt: skip
     known = known_key = None
     if nsa_index_topk.__class__ is int and use_adaptive.__class__ is bool:
         known_key = (

@@ -6,8 +6,9 @@ The vectorised form is ``reference.py``; it serves the calls that must not read 
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
-from . import _check, _env
+from . import _check, _env, _traced
 from ._check import DraftExtendKey, DraftExtendTensors
 from ._status import INT32_MAX, INT32_MIN, Status, draft_extend_error
 from .draft_extend import capture_error, raise_for_status
@@ -30,6 +31,11 @@ def fill_draft_extend_metadata_python(
     request. With it, the vectorised form of ``reference.py`` is enqueued and nothing is read back.
     ``use_adaptive`` changes nothing here.
     """
+    if is_compiling():
+        return _traced.fill(
+            "python", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+            out_nsa_cache_seqlens, use_adaptive, total_tokens,
+        )  # fmt: skip
     tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,

@@ -12,9 +12,10 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
+from torch.compiler import is_compiling
 from triton import knobs
 
-from . import _check, _env, reference
+from . import _check, _env, _traced, reference
 from ._check import DraftExtendKey, DraftExtendTensors
 from ._status import FATAL, draft_extend_error
 from .draft_extend import ONE_LAUNCH_MAX_BS, capture_error, raise_for_status
@@ -190,6 +191,11 @@ def fill_draft_extend_metadata_inplace(
     Always a binary search; ``use_adaptive`` changes nothing. CPU tensors are computed by the
     reference, or in Triton's interpreter under TRITON_INTERPRET=1.
     """
+    if is_compiling():
+        return _traced.fill(
+            "triton", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+            out_nsa_cache_seqlens, use_adaptive, total_tokens,
+        )  # fmt: skip
     tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
@@ -252,6 +258,8 @@ def fill_draft_extend_metadata_fused_simple(
     A first launch without room for rows yields T, a second one writes the rows: it waits for the
     total and cannot be captured. Arguments and errors as in ``fill_draft_extend_metadata_cuda``.
     """
+    if is_compiling():
+        return _traced.fused_simple(extend_seq_lens, seq_lens, nsa_index_topk)
     if not isinstance(extend_seq_lens, torch.Tensor):
         extend_seq_lens = _check.as_tensor("extend_seq_lens", extend_seq_lens)
     no_rows = torch.empty((2, 0), dtype=torch.int32, device=extend_seq_lens.device)

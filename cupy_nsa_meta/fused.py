@@ -12,8 +12,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
-from . import _check, _env, _known, _launch, reference_fused
+from . import _check, _env, _known, _launch, _traced, reference_fused
 from ._check import FusedCall, FusedOutputs
 from ._graphs import CapturedLaunch, thread
 from ._launch import PackedLaunch
@@ -656,6 +657,14 @@ def fused_dsa_decode_metadata(
 
     Source: names and layout are those of SGLang's fused metadata for NSA/DSA attention.
     """
+    if is_compiling():
+        page_size = _page_size(physical_page_size, real_page_size)
+        pages = _traced.second_table(page_table_1, real_page_table, page_size)
+        torch.ops.nsa_meta.fused_dsa_decode_metadata(
+            seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
+            dsa_cache_seqlens, dsa_cu_seqlens_k, pages, bs, max_len, dsa_index_topk, page_size,
+        )  # fmt: skip
+        return
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
     met = _again(
@@ -741,6 +750,16 @@ def fused_dsa_target_verify_metadata(
         paged_mqa_ctx_lens_2d: [>= bs, >= N] int32, unit column stride, or None.
         The others, errors, stream and source: as in ``fused_dsa_decode_metadata``.
     """
+    if is_compiling():
+        _required(next_n=next_n)
+        page_size = _page_size(physical_page_size, real_page_size)
+        pages = _traced.second_table(page_table_1, real_page_table, page_size)
+        torch.ops.nsa_meta.fused_dsa_target_verify_metadata(
+            seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
+            seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, pages, bs, max_seqlen_k,
+            dsa_index_topk, page_size, next_n, paged_mqa_ctx_lens_2d,
+        )  # fmt: skip
+        return
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
     met = _again(
@@ -845,6 +864,17 @@ def fused_dsa_draft_extend_metadata(
             length that breaks the promise is status 4.
         The others, errors, stream and source: as in ``fused_dsa_decode_metadata``.
     """
+    if is_compiling():
+        _required(max_extend_len=max_extend_len, max_total_len=max_total_len)
+        page_size = _page_size(physical_page_size, real_page_size)
+        pages = _traced.second_table(page_table_1, real_page_table, page_size)
+        torch.ops.nsa_meta.fused_dsa_draft_extend_metadata(
+            seq_lens, extend_seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k,
+            page_table_1, seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, pages, bs,
+            total_len, max_seqlen_k, dsa_index_topk, page_size, max_extend_len, max_total_len,
+            static_extend_len,
+        )  # fmt: skip
+        return
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
     met = _again(
@@ -994,6 +1024,21 @@ def fused_dsa_extend_metadata(
         Tables, errors, stream and source: as in ``fused_dsa_decode_metadata``; a page table without
         ``req_pool_indices`` and ``req_to_token`` is a ``ValueError``.
     """
+    if is_compiling():
+        page_size = _page_size(physical_page_size, real_page_size)
+        pages = _traced.second_table(page_table_1, real_page_table, page_size)
+        torch.ops.nsa_meta.fused_dsa_extend_metadata(
+            seq_lens, extend_seq_lens, req_pool_indices, req_to_token, total_len=total_len,
+            dsa_index_topk=dsa_index_topk, max_seqlen_k=max_seqlen_k, physical_page_size=page_size,
+            pad_to=pad_to, cache_seqlens=cache_seqlens, cu_seqlens_k=cu_seqlens_k,
+            cu_seqlens_q=cu_seqlens_q, seqlens_expanded=seqlens_expanded,
+            dsa_cache_seqlens=dsa_cache_seqlens, dsa_cu_seqlens_k=dsa_cu_seqlens_k,
+            token_to_batch_idx=token_to_batch_idx, ks=ks, ke=ke,
+            topk_indices_offset=topk_indices_offset, positions=positions,
+            extend_start_loc=extend_start_loc, page_table_1=page_table_1, real_page_table=pages,
+            page_table_1_flattened=page_table_1_flattened,
+        )  # fmt: skip
+        return
     physical_page_size = _page_size(physical_page_size, real_page_size)
     outputs = FusedOutputs(
         cache_seqlens, cu_seqlens_k, cu_seqlens_q, extend_start_loc, seqlens_expanded,
@@ -1076,6 +1121,8 @@ def seqlens_expand(
 
     Source: the contract of SGLang's ``seqlens_expand_triton``, clamped at 0.
     """
+    if is_compiling():
+        return _traced.seqlens_expand(extend_seq_lens, seq_lens, total_len, max_q_len)
     if not isinstance(extend_seq_lens, torch.Tensor):
         extend_seq_lens = _check.as_tensor("extend_seq_lens", extend_seq_lens)
     bs = _check.lengths("extend_seq_lens", extend_seq_lens)

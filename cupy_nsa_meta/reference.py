@@ -84,7 +84,9 @@ def draft_extend_into(
     rows = torch.arange(limit, device=ends.device)
     request = torch.searchsorted(ends, rows, right=True).clamp_(max=ends.numel() - 1)
     seqlens_expanded = (seq_lens.to(torch.int64) + 1 - ends)[request].add_(rows).clamp_(min=0)
-    written = (rows < total) & ((status == Status.OK) | (status == Status.TOTAL_MISMATCH))
+    # Plain ints: under torch.compile a tensor equals no IntEnum, and nothing would be written.
+    is_written = (status == int(Status.OK)) | (status == int(Status.TOTAL_MISMATCH))
+    written = (rows < total) & is_written
     for out, values in (
         (out_seqlens_expanded, seqlens_expanded),
         (out_nsa_cache_seqlens, seqlens_expanded.clamp(max=nsa_index_topk)),
