@@ -6,7 +6,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,17 +219,18 @@ def picture(drawn: Drawn, path: Path) -> None:
         OSError, ValueError: the file cannot be written, or has no format that matplotlib knows.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
     rows = drawn.rows()
     num_rows = max(len(rows), 1)
     height = 1.9 + min(num_rows * ROW_INCHES, 14.0)
-    figure = Figure(figsize=(9.5, height), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(9.5, height), dpi=150, layout=layout)
     axes = figure.add_subplot()
     longest = max([*drawn.seq, *drawn.expanded, 1])
     starts = [0, *accumulate(drawn.extend)]
-    for request, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for request, (begin, end) in enumerate(pairwise(starts)):
         if request % 2 and end > begin:
             axes.axhspan(begin - 0.5, end - 0.5, color="#f6f7f9", zorder=0)
         if begin not in (0, end):
@@ -266,7 +267,7 @@ def _request_labels(drawn: Drawn, axes: object, starts: list[int]) -> None:
     """The requests as groups of rows on the left; the rows themselves where there is room."""
     set_yticks: Callable[..., object] = axes.set_yticks  # type: ignore[attr-defined]
     places, labels = [], []
-    for request, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for request, (begin, end) in enumerate(pairwise(starts)):
         if end == begin:
             continue
         kv, q = drawn.seq[request], drawn.extend[request]
