@@ -193,10 +193,10 @@ template <bool kWithQuads, class Find>
 __device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 epoch,
                                            const Find& find) {
   if constexpr (!kWithQuads) {
-    // The first search does not wait for the status.
+    // The report goes first: a host waits for it.
+    const u32 rows = settle(total, epoch, args);
     u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
     const int base = find(row, 0).base;
-    const u32 rows = settle(total, epoch, args);
     if (row >= rows) return;
     store_row(args, row, base);
     const u32 step = gridDim.x * kBlockThreads;
@@ -260,11 +260,11 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
   const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), marks);
   const int base = request_base(seq.low, end);
   const bool linear = (args.flags & kLinearSearch) != 0;
-  // Whole warps stay in the loops, for the shuffles. The first search does not wait for the status.
-  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
-  int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+  // The report goes first: a host waits for it. Whole warps stay in the loops, for the shuffles.
   const u32 total = warp_word(__shfl_sync(kFullWarp, end, kWarpThreads - 1), marks);
   const u32 rows = settle(total, epoch, args);
+  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
+  int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
 
   if (!kWithQuads || !use_quads(args, rows)) {
     if (row < rows) store_row(args, row, row_base);

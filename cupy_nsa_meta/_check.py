@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
+from ._known import Guard, guard
 from ._status import INT32_MAX
 
 _Tensor = torch.Tensor
@@ -62,59 +63,30 @@ def draft_extend(
 ) -> tuple[DraftExtendTensors, DraftExtendKey]:
     """Check the arguments of the seed operation; every backend and plan goes through here.
 
-    A call lasts a few microseconds and an attribute of a tensor costs 0.05 to 0.1: each is read
-    once, and ``_explain_draft_extend`` looks again where something is unusual.
+    A call lasts a few microseconds and an attribute of a tensor costs 0.05 to 0.1: tensors of the
+    layout of an earlier call are compared at once, and only sizes and addresses are read.
     """
-    if not (
-        isinstance(extend_seq_lens, _Tensor)
-        and isinstance(seq_lens, _Tensor)
-        and isinstance(out_seqlens_expanded, _Tensor)
-        and isinstance(out_nsa_cache_seqlens, _Tensor)
-    ):
-        extend_seq_lens = as_tensor("extend_seq_lens", extend_seq_lens)
-        seq_lens = as_tensor("seq_lens", seq_lens)
-        out_seqlens_expanded = as_tensor("out_seqlens_expanded", out_seqlens_expanded, True)
-        out_nsa_cache_seqlens = as_tensor("out_nsa_cache_seqlens", out_nsa_cache_seqlens, True)
     tensors = (extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens)
+    layout = _last_layout
+    if not layout.guard(*tensors):
+        tensors = _draft_extend_tensors(*tensors)
+        extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
+        layout = _keep_layout(tensors)
+    _, device, extend_stride, seq_stride, extend_is_int64, seq_is_int64 = layout
+    bs = extend_seq_lens.numel()
+    if seq_lens.numel() != bs:
+        _explain_draft_extend(*tensors)
     if type(nsa_index_topk) is not int or not 1 <= nsa_index_topk <= INT32_MAX:
         nsa_index_topk = min(integer("nsa_index_topk", nsa_index_topk, 1), INT32_MAX)
     if use_adaptive is not True and use_adaptive is not False:
         use_adaptive = boolean("use_adaptive", use_adaptive)
 
-    extend_dtype = extend_seq_lens.dtype
-    seq_dtype = seq_lens.dtype
-    try:
-        extend_strides = extend_seq_lens.stride()
-        seq_strides = seq_lens.stride()
-        bs = extend_seq_lens.numel()
-        room_expanded = out_seqlens_expanded.numel()
-        room_clamped = out_nsa_cache_seqlens.numel()
-        device = extend_seq_lens.get_device()  # -1 on the CPU, and on no device at all
-        is_usual = (
-            (extend_dtype is _int32 or extend_dtype is _int64)
-            and (seq_dtype is _int64 or seq_dtype is _int32)
-            and out_seqlens_expanded.dtype is _int32
-            and out_nsa_cache_seqlens.dtype is _int32
-            and len(extend_strides) == 1
-            and len(seq_strides) == 1
-            and out_seqlens_expanded.stride() == _CONTIGUOUS
-            and out_nsa_cache_seqlens.stride() == _CONTIGUOUS
-            and seq_lens.numel() == bs
-            and extend_seq_lens.is_cuda
-            and seq_lens.get_device() == device
-            and out_seqlens_expanded.get_device() == device
-            and out_nsa_cache_seqlens.get_device() == device
-        )
-    except RuntimeError:  # tensors without strides or without one size
-        _explain_draft_extend(*tensors)
-        raise
-    if not is_usual:
-        _explain_draft_extend(*tensors)
-
+    room_expanded = out_seqlens_expanded.numel()
+    room_clamped = out_nsa_cache_seqlens.numel()
     limit = room_expanded if room_expanded < room_clamped else room_clamped
     if limit > INT32_MAX:
         limit = INT32_MAX
-    flags = (extend_dtype is _int64) + 2 * (seq_dtype is _int64)
+    flags = extend_is_int64 * EXTEND_IS_INT64 | seq_is_int64 * SEQ_IS_INT64
     if total_tokens is not None:
         if type(total_tokens) is not int or total_tokens < 0:
             total_tokens = integer("total_tokens", total_tokens, 0)
@@ -131,13 +103,11 @@ def draft_extend(
     seq_ptr = seq_lens.data_ptr()
     expanded_ptr = out_seqlens_expanded.data_ptr()
     clamped_ptr = out_nsa_cache_seqlens.data_ptr()
-    extend_stride = extend_strides[0]
-    seq_stride = seq_strides[0]
     # Spans of bytes first; exact positions only where two of them meet.
     expanded_end = expanded_ptr + 4 * room_expanded
     clamped_end = clamped_ptr + 4 * room_clamped
-    extend_end = extend_ptr + (8 if flags & EXTEND_IS_INT64 else 4) * ((bs - 1) * extend_stride + 1)
-    seq_end = seq_ptr + (8 if flags & SEQ_IS_INT64 else 4) * ((bs - 1) * seq_stride + 1)
+    extend_end = extend_ptr + (8 if extend_is_int64 else 4) * ((bs - 1) * extend_stride + 1)
+    seq_end = seq_ptr + (8 if seq_is_int64 else 4) * ((bs - 1) * seq_stride + 1)
     if (
         (expanded_ptr < clamped_end and clamped_ptr < expanded_end)
         or (expanded_ptr < extend_end and extend_ptr < expanded_end)
@@ -169,6 +139,56 @@ def draft_extend(
             use_adaptive,
         ),
     )
+
+
+class _Layout(NamedTuple):
+    """Of the tensors of an earlier call: all but their sizes and addresses."""
+
+    guard: Guard
+    device: int
+    extend_stride: int
+    seq_stride: int
+    extend_is_int64: bool
+    seq_is_int64: bool
+
+
+_layouts: dict[tuple[Any, ...], _Layout] = {}
+_last_layout = _Layout(lambda *tensors: False, -1, 1, 1, False, False)
+_MAX_LAYOUTS = 64
+
+
+def _keep_layout(tensors: DraftExtendTensors) -> _Layout:
+    """The layout of tensors that were checked; the next call is compared with it first."""
+    global _last_layout
+    extend, seq, *_ = tensors
+    key = (extend.dtype, seq.dtype, extend.get_device(), extend.stride(), seq.stride())
+    layout = _layouts.get(key)
+    if layout is not None and layout.guard(*tensors):
+        _last_layout = layout
+        return layout
+    layout_guard = guard(tensors, any_size=True)
+    layout = _Layout(
+        layout_guard or _last_layout.guard,
+        key[2], key[3][0], key[4][0], key[0] is _int64, key[1] is _int64,
+    )  # fmt: skip
+    if layout_guard is not None:
+        if len(_layouts) >= _MAX_LAYOUTS:
+            _layouts.clear()
+        _last_layout = _layouts[key] = layout
+    return layout
+
+
+def _draft_extend_tensors(
+    extend_seq_lens: Any, seq_lens: Any, out_seqlens_expanded: Any, out_nsa_cache_seqlens: Any
+) -> DraftExtendTensors:
+    """The arrays as tensors; raise for type, dtype, shape, layout or device."""
+    extend_seq_lens = as_tensor("extend_seq_lens", extend_seq_lens)
+    seq_lens = as_tensor("seq_lens", seq_lens)
+    out_seqlens_expanded = as_tensor("out_seqlens_expanded", out_seqlens_expanded, True)
+    out_nsa_cache_seqlens = as_tensor("out_nsa_cache_seqlens", out_nsa_cache_seqlens, True)
+    tensors = (extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens)
+    _explain_draft_extend(*tensors)
+    return tensors
 
 
 def _explain_draft_extend(

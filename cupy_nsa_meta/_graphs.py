@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from . import _env
+from ._known import Guard, KnownCalls
 from ._launch import (
     EPOCH_MASK,
     EPOCH_SHIFT,
@@ -28,6 +31,7 @@ from ._launch import (
 )
 
 MAX_GRAPHS = 64  # per thread
+MAX_KNOWN = 64  # per thread
 FREE_CAPTURES = 16  # per thread
 QUICK_LOOKS = 128  # at the result word, some 10 us, before the clock is looked at as well
 HITS_PER_CAPTURE = 16  # that pay for a further one: 56 us against about 4 us saved by each
@@ -37,24 +41,28 @@ Pack = Callable[[Slot], "tuple[tuple[str, int], ...]"]
 
 
 class CapturedLaunch:
-    """One launch as a CUDA graph with a result slot of its own.
+    """One launch as a CUDA graph, with a result slot of its own where its kernels answer.
 
     Its launches run one after another and answer in one slot: one thread and stream at a time.
+    ``launch(stream)`` enqueues; ``run(stream)`` waits, too, and returns the result word less its
+    epoch. Both are closures: the look-ups of a method cost a tenth of what the launch does.
     """
 
-    __slots__ = ("_exec", "_get_device", "_graph_launch", "last_used", "slot", "state")
+    __slots__ = ("__weakref__", "_exec", "last_used", "launch", "run", "slot", "state")
 
-    def __init__(self, state: DeviceState, pack: Pack) -> None:
+    launch: Callable[[int], None]
+    run: Callable[[int], int]
+
+    def __init__(self, state: DeviceState, pack: Pack, answers: bool = True) -> None:
         self.state = state
-        self.last_used = 0
-        runtime = state.runtime
-        self._get_device = runtime.getDevice
-        self._graph_launch = runtime.graphLaunch
         self._exec = 0
-        self.slot = slot = state.take_slot()
+        self.last_used = 0
+        slot = state.take_slot()
+        self.slot: Slot | None = slot
         # The slot's launches so far were counted on the host, from here on the graph counts them.
         slot.epoch = 0
         state.words[slot.index] = 0
+        runtime = state.runtime
         with state.cupy.cuda.Device(state.device), relaxed_capture():
             stream = _capture_stream(state)
             runtime.memsetAsync(slot.count_ptr, 0, 4, stream.ptr)
@@ -69,106 +77,162 @@ class CapturedLaunch:
                 self._exec = runtime.graphInstantiate(graph)
             finally:
                 runtime.graphDestroy(graph)
+        self.launch, self.run = _launchers(state, self._exec, slot)
+        if not answers:  # its kernels have no word to write: the slot was for packing
+            self.slot = None
+            state.give_slot(slot)
 
-    def launch(self, stream: int) -> None:
-        """Enqueue on ``stream``."""
-        slot, state = self.slot, self.state
-        if self._get_device() != state.device:
-            with state.cupy.cuda.Device(state.device):
-                self.launch(stream)
+    def __del__(self) -> None:
+        state, slot = getattr(self, "state", None), getattr(self, "slot", None)
+        if state is None or sys is None or sys.is_finalizing():
+            return  # a process that ends takes graphs and slots with it
+        if self._exec:
+            state.runtime.graphExecDestroy(self._exec)
+        if slot is None:
             return
-        slot.ptr = stream
-        slot.epoch = slot.epoch % EPOCH_MASK + 1
-        self._graph_launch(self._exec, stream)
+        # A launch that has not answered yet would answer in somebody else's slot.
+        if slot.epoch == 0 or state.has_answered(slot):
+            state.give_slot(slot)
+        else:
+            state.retire_slot(slot)
 
-    def run(self, stream: int) -> int:
-        """Enqueue, then wait for the result word."""
-        self.launch(stream)
-        slot, words = self.slot, self.state.words
-        index, epoch = slot.index, slot.epoch
+
+def _launchers(
+    state: DeviceState, graph: int, slot: Slot
+) -> tuple[Callable[[int], None], Callable[[int], int]]:
+    """``launch`` and ``run`` of a captured launch."""
+    device, on_device = state.device, state.cupy.cuda.Device
+    get_device, graph_launch = state.runtime.getDevice, state.runtime.graphLaunch
+    words, index, wait = state.words, slot.index, state.wait
+
+    def launch(stream: int) -> None:
+        slot.epoch = slot.epoch % EPOCH_MASK + 1
+        if get_device() == device:
+            graph_launch(graph, stream)
+        else:
+            with on_device(device):
+                graph_launch(graph, stream)
+
+    def run(stream: int) -> int:
+        epoch = slot.epoch = slot.epoch % EPOCH_MASK + 1
+        if get_device() == device:
+            graph_launch(graph, stream)
+        else:
+            with on_device(device):
+                graph_launch(graph, stream)
         for _ in range(QUICK_LOOKS):
             word = words[index]
             if word >> EPOCH_SHIFT == epoch:
                 return word & WORD_MASK
-        return self.state.wait(slot)
+        return wait(slot, stream)
 
-    def __del__(self) -> None:
-        slot = getattr(self, "slot", None)
-        if slot is None or sys is None or sys.is_finalizing():
-            return  # a process that ends takes graphs and slots with it
-        if self._exec:
-            self.state.runtime.graphExecDestroy(self._exec)
-        # A launch that has not answered yet would answer in somebody else's slot.
-        if slot.epoch == 0 or self.state.has_answered(slot):
-            self.state.give_slot(slot)
-        else:
-            self.state.retire_slot(slot)
+    return launch, run
 
 
-class _Cache:
-    """The captured launches of one thread."""
+class Cache:
+    """The captured launches of one thread.
+
+    A key is a dozen numbers, so it is hashed once: the dictionaries hold its hash, and a captured
+    launch the key itself.
+    """
 
     def __init__(self) -> None:
-        self.graphs: dict[Hashable, CapturedLaunch] = {}
-        self.met_once: OrderedDict[Hashable, None] = OrderedDict()
+        self.graphs: dict[int, tuple[Hashable, CapturedLaunch]] = {}
+        self.met_once: OrderedDict[int, None] = OrderedDict()
         self.streams: dict[int, Any] = {}
         self.hits = self.misses = self.captures = 0
 
-    def should_capture(self, key: Hashable) -> bool:
-        """Note a key that has no captured launch; whether it is worth one now."""
-        earned = FREE_CAPTURES + self.hits // HITS_PER_CAPTURE
-        if key in self.met_once and self.captures < earned:
-            del self.met_once[key]
-            return True
-        self.met_once[key] = None
-        if len(self.met_once) > MAX_GRAPHS:
-            self.met_once.popitem(last=False)
-        return False
+    def lookup(
+        self, key: Hashable, capture: Callable[..., CapturedLaunch], *arguments: Any
+    ) -> CapturedLaunch | None:
+        """The captured launch of a key; None where a plain launch is due.
 
-    def insert(self, key: Hashable, captured: CapturedLaunch) -> None:
+        Met the second time, a key is captured by ``capture(*arguments)``.
+        """
+        number = hash(key)
+        found = self.graphs.get(number)
+        if found is not None and found[0] == key:
+            return self.used(found[1])
+        self.misses += 1
+        if not self._should_capture(number):
+            return None
+        captured = capture(*arguments)
         if len(self.graphs) >= MAX_GRAPHS:
-            del self.graphs[min(self.graphs, key=lambda old: self.graphs[old].last_used)]
-        self.graphs[key] = captured
+            del self.graphs[min(self.graphs, key=lambda old: self.graphs[old][1].last_used)]
+        self.graphs[number] = (key, captured)
         self.captures += 1
         captured.last_used = self.hits
+        return captured
+
+    def used(self, captured: CapturedLaunch) -> CapturedLaunch:
+        """Count a hit."""
+        self.hits = captured.last_used = self.hits + 1
+        return captured
+
+    def _should_capture(self, number: int) -> bool:
+        """Note a key that has no captured launch; whether it is worth one now."""
+        met_once = self.met_once
+        if number not in met_once:
+            met_once[number] = None
+            if len(met_once) > MAX_GRAPHS:
+                met_once.popitem(last=False)
+            return False
+        if self.captures >= FREE_CAPTURES + self.hits // HITS_PER_CAPTURE:
+            return False
+        del met_once[number]
+        return True
+
+    def discard(self, captured: CapturedLaunch) -> None:
+        """Forget a captured launch, after an error or an interrupted wait."""
+        for number, (_, other) in list(self.graphs.items()):
+            if other is captured:
+                del self.graphs[number]
+
+
+class KnownCall:
+    """What is kept for a call on known tensors.
+
+    Captured launches are the cache's: one that it gave up is not kept alive here.
+    """
+
+    __slots__ = ("addresses", "call", "captured", "guard", "packed", "state")
+
+    def __init__(
+        self, guard: Guard, addresses: tuple[int, ...], state: DeviceState, call: Any
+    ) -> None:
+        self.guard = guard
+        self.addresses = addresses
+        self.state = state
+        self.call = call  # what the operation needs to pack it with other numbers
+        self.captured: dict[int, weakref.ref[CapturedLaunch]] = {}  # by stream
+        #: by the numbers that vary: argument bytes, kernels and grids
+        self.packed: dict[Any, tuple[bytes, tuple[tuple[str, int], ...]]] = {}
+
+    def captured_for(self, stream: int) -> CapturedLaunch | None:
+        """The captured launch, if it may be replayed on ``stream`` now."""
+        held = self.captured.get(stream)
+        if held is None or not _env.graph_cache():
+            return None
+        captured = held()
+        if captured is None or (stream and self.state.is_capturing(stream)):
+            return None
+        return thread.cache.used(captured)
 
 
 class _Thread(threading.local):
+    """What belongs to the calling thread."""
+
     def __init__(self) -> None:
-        self.cache = _Cache()
+        self.cache = Cache()
+        self.known: KnownCalls[KnownCall] = KnownCalls(MAX_KNOWN)
 
 
-_thread = _Thread()
-
-
-def lookup(
-    key: Hashable, capture: Callable[..., CapturedLaunch], *arguments: Any
-) -> CapturedLaunch | None:
-    """The captured launch of a key; None where a plain launch is due.
-
-    Met the second time, a key is captured by ``capture(*arguments)``.
-    """
-    cache = _thread.cache
-    captured = cache.graphs.get(key)
-    if captured is not None:
-        cache.hits = captured.last_used = cache.hits + 1
-        return captured
-    cache.misses += 1
-    if not cache.should_capture(key):
-        return None
-    captured = capture(*arguments)
-    cache.insert(key, captured)
-    return captured
-
-
-def discard(key: Hashable) -> None:
-    """Forget a captured launch, after an error or an interrupted wait."""
-    _thread.cache.graphs.pop(key, None)
+thread = _Thread()
 
 
 def cache_info() -> dict[str, int]:
     """Counters of the calling thread's launch cache."""
-    cache = _thread.cache
+    cache = thread.cache
     return {
         "hits": cache.hits,
         "misses": cache.misses,
@@ -180,7 +244,7 @@ def cache_info() -> dict[str, int]:
 
 def _capture_stream(state: DeviceState) -> Any:
     """A stream of this thread that nothing else runs on."""
-    streams = _thread.cache.streams
+    streams = thread.cache.streams
     stream = streams.get(state.device)
     if stream is None:
         stream = streams[state.device] = state.cupy.cuda.Stream(non_blocking=True)

@@ -54,7 +54,6 @@ class Slot:
         "epoch",
         "index",
         "params",
-        "ptr",
     )
 
     def __init__(self, index: int, address: int, count_ptr: int) -> None:
@@ -62,7 +61,6 @@ class Slot:
         self.address = address
         self.count_ptr = count_ptr  # device memory, int32: launches of a captured graph
         self.epoch = 0  # of the last launch
-        self.ptr = 0  # the stream of the last launch: what a long wait synchronises with
         self.buffer = bytearray(ARGS_BYTES)
         self._args = (ctypes.c_char * ARGS_BYTES).from_buffer(self.buffer)
         self._params = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
@@ -93,6 +91,7 @@ class DeviceState:
             flags = self.runtime.hostAllocMapped | self.runtime.hostAllocPortable
             self._base = self.runtime.hostAlloc(num_bytes, flags)  # kept until the process ends
             self._counts = torch.zeros(NUM_SLOTS, dtype=torch.int32, device=f"cuda:{device}")
+            self._counts_ptr = self._counts.data_ptr()
             torch.cuda.synchronize(device)  # zero for every stream
         memory = (ctypes.c_char * num_bytes).from_address(self._base)
         ctypes.memset(self._base, 0, num_bytes)
@@ -121,7 +120,7 @@ class DeviceState:
             return Slot(
                 number * (SLOT_BYTES // 8),
                 self._base + number * SLOT_BYTES,
-                self._counts.data_ptr() + 4 * number,
+                self._counts_ptr + 4 * number,
             )
         for _ in range(len(self._retired)):
             try:
@@ -156,7 +155,6 @@ class DeviceState:
             with self.cupy.cuda.Device(self.device):
                 self.launch(slot, stream, launches)
             return
-        slot.ptr = stream
         for name, grid in launches:
             # The driver's call, 1 us less than that of CuPy's kernel objects.
             arguments = (
@@ -173,11 +171,20 @@ class DeviceState:
                 self.runtime.setDevice(self.device)  # a thread that has not used CUDA yet
                 self._launch_kernel(*arguments)
 
+    def launch_bytes(
+        self, arguments: bytes, stream: int, launches: Iterable[tuple[str, int]]
+    ) -> None:
+        """``launch`` with an argument struct that was packed before; its kernels do not answer."""
+        slot = self.take_slot()
+        slot.buffer[: len(arguments)] = arguments
+        self.launch(slot, stream, launches)
+        self.give_slot(slot)
+
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured on ``stream``; the legacy stream 0 never is."""
         return stream != 0 and bool(self.runtime.streamIsCapturing(stream))
 
-    def wait(self, slot: Slot) -> int:
+    def wait(self, slot: Slot, stream: int) -> int:
         """The word that the slot's last launch writes: spin briefly, then wait without the GIL.
 
         Returns the word less its epoch. An error of the context is raised as CuPy raises it.
@@ -193,7 +200,7 @@ class DeviceState:
             elif perf_counter_ns() > deadline:
                 break
         with relaxed_capture():
-            self.runtime.streamSynchronize(slot.ptr)
+            self.runtime.streamSynchronize(stream)
         word = words[index]
         if word >> EPOCH_SHIFT != epoch:
             raise RuntimeError(

@@ -6,14 +6,18 @@ Device twin: ``cuda_src/draft_extend.cu``. Specification: ``reference.draft_exte
 from __future__ import annotations
 
 import struct
+import weakref
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from . import _check, _env, _graphs, _launch
+from . import _check, _env, _graphs, _known, _launch
 from ._check import DraftExtendKey, DraftExtendTensors
-from ._status import draft_extend_error
+from ._graphs import CapturedLaunch, KnownCall, thread
+from ._launch import current_raw_stream
+from ._status import INT32_MAX, draft_extend_error
 
 #: ``struct DraftExtendArgs``: 9 pointers, 2 strides, 5 ints, flags, epoch, tiles per block.
 ARGS = struct.Struct("<9Q2q5i3I")
@@ -36,6 +40,7 @@ BLOCKS_PER_SM = 8  # 2,048 threads
 #: they save.
 FEW_REQUESTS = 1024
 FEW_ROWS = 1 << 16
+MAX_REMEMBERED = 256  # totals, and streams, of a call on known tensors
 
 # Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
@@ -153,32 +158,22 @@ def pack(
     )
 
 
-def enqueue(
-    state: _launch.DeviceState,
-    slot: _launch.Slot,
-    stream: int,
-    key: DraftExtendKey,
-    *,
-    reads: bool,
-    out_total: int = 0,
-) -> None:
-    """Launch on ``stream``; with ``reads`` the kernel answers in the slot."""
+def pack_call(
+    buffer: bytearray, state: _launch.DeviceState, key: DraftExtendKey, **pointers: int
+) -> tuple[tuple[tuple[str, int], ...], torch.Tensor | None]:
+    """Pack a call; its kernels and grids, and the scratch that it needs above ONE_LAUNCH_MAX_BS.
+
+    The scratch may be freed after the launch: torch reuses it in stream order.
+    """
     shape = shape_of(key, state.num_sms)
     scratch = None
-    if key.bs > ONE_LAUNCH_MAX_BS:  # freed at return, reused by torch in stream order
+    if key.bs > ONE_LAUNCH_MAX_BS:
         scratch = torch.empty(
             key.bs + shape.num_entries, dtype=torch.int32, device=f"cuda:{key.device}"
         )
-    pack(
-        slot.buffer,
-        key,
-        shape,
-        epoch=slot.next_epoch() if reads else 0,
-        result=slot.address if reads else 0,
-        out_total=out_total,
-        scratch=0 if scratch is None else scratch.data_ptr(),
-    )
-    state.launch(slot, stream, shape.launches)
+        pointers["scratch"] = scratch.data_ptr()
+    pack(buffer, key, shape, **pointers)
+    return shape.launches, scratch
 
 
 def capture(
@@ -202,26 +197,15 @@ def capture(
     return _graphs.CapturedLaunch(state, pack_slot)
 
 
-def run(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
-    """Launch, plainly or by a captured launch of the same key, and wait for the result word."""
-    captured = None
-    if key.bs <= ONE_LAUNCH_MAX_BS and _env.graph_cache():  # above, scratch is per call
-        captured = _graphs.lookup((stream, key), capture, state, key)
-    if captured is not None:
-        try:
-            return captured.run(stream)
-        except BaseException:
-            _graphs.discard((stream, key))
-            raise
-    return run_plainly(state, stream, key)
-
-
 def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
     """Launch the kernels themselves and wait for the result word."""
     slot = state.take_slot()
     try:
-        enqueue(state, slot, stream, key, reads=True)
-        word = state.wait(slot)
+        launches, _scratch = pack_call(
+            slot.buffer, state, key, epoch=slot.next_epoch(), result=slot.address
+        )
+        state.launch(slot, stream, launches)
+        word = state.wait(slot, stream)
     except BaseException:
         state.retire_slot(slot)
         raise
@@ -229,32 +213,95 @@ def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) ->
     return word
 
 
-def launch(
-    state: _launch.DeviceState, stream: int, key: DraftExtendKey, out_total: int = 0
-) -> None:
-    """Enqueue; with ``out_total`` by a captured launch where the same one was met before.
+def run_captured(captured: CapturedLaunch, stream: int) -> int:
+    """Replay, and wait for the result word."""
+    try:
+        return captured.run(stream)
+    except BaseException:  # its late word must not be taken for the answer to a later call
+        thread.cache.discard(captured)
+        raise
 
-    Calls with ``total_tokens`` are launched plainly: their key changes at every step.
+
+def launch_captured(captured: CapturedLaunch, stream: int) -> None:
+    """Replay, and wait for nothing."""
+    try:
+        captured.launch(stream)
+    except BaseException:
+        thread.cache.discard(captured)
+        raise
+
+
+# ---- Calls on known tensors ---------------------------------------------------------------------
+
+
+class KnownArguments(NamedTuple):
+    """Of a known call: what a launch with another ``total_tokens`` is packed from."""
+
+    key: DraftExtendKey
+    room: int  # capacity of the outputs
+    out_total: int
+
+
+def launch_known(known: KnownCall, total_tokens: Any) -> bool:
+    """Enqueue a known call with the total given; False where it has to be looked at again."""
+    if total_tokens.__class__ is not int or _env.debug_sync():
+        return False
+    packed = known.packed.get(total_tokens)
+    if packed is None:
+        key, room, out_total = known.call
+        if not 0 <= total_tokens <= room:
+            return False
+        key = key._replace(limit=total_tokens, flags=key.flags | _check.TOTAL_IS_GIVEN)
+        shape = shape_of(key, known.state.num_sms)
+        arguments = bytearray(ARGS.size)
+        pack(arguments, key, shape, out_total=out_total)
+        if len(known.packed) >= MAX_REMEMBERED:
+            known.packed.clear()
+        packed = known.packed[total_tokens] = bytes(arguments), shape.launches
+    arguments_again, launches = packed
+    state = known.state
+    state.launch_bytes(arguments_again, current_raw_stream(state.device), launches)
+    return True
+
+
+def know(
+    known_key: Hashable,
+    tensors: Sequence[torch.Tensor],
+    key: DraftExtendKey,
+    state: _launch.DeviceState,
+    out_total: int = 0,
+) -> KnownCall | None:
+    """The entry of a call in the thread's known calls; None where none is kept.
+
+    ``tensors`` were checked in this call. An entry of the same objects that were otherwise then is
+    replaced. Above ONE_LAUNCH_MAX_BS a launch needs scratch of its own.
     """
-    captured = None
-    if (
-        out_total
-        and key.bs <= ONE_LAUNCH_MAX_BS
-        and _env.graph_cache()
-        and not state.is_capturing(stream)
-    ):
-        cache_key = (stream, key, out_total)
-        captured = _graphs.lookup(cache_key, capture, state, key, out_total)
-    if captured is not None:
-        try:
-            captured.launch(stream)
-        except BaseException:
-            _graphs.discard((stream, key, out_total))
-            raise
-        return
-    slot = state.take_slot()
-    enqueue(state, slot, stream, key, reads=False, out_total=out_total)
-    state.give_slot(slot)
+    if known_key is None or key.bs > ONE_LAUNCH_MAX_BS:
+        return None
+    calls = thread.known
+    addresses = _known.addresses(tensors)
+    known = calls.find(known_key)
+    if known is not None and known.addresses == addresses and known.guard(*tensors):
+        return known
+    if not calls.is_due(known_key):
+        return None
+    guard = _known.guard(tensors)
+    if guard is None:
+        return None
+    room = min(tensors[2].numel(), tensors[3].numel(), INT32_MAX)
+    known = KnownCall(guard, addresses, state, KnownArguments(key, room, out_total))
+    calls.keep(known_key, known)
+    return known
+
+
+def know_captured(known: KnownCall | None, stream: int, captured: CapturedLaunch) -> None:
+    if known is not None:
+        if len(known.captured) >= MAX_REMEMBERED:
+            known.captured.clear()
+        known.captured[stream] = weakref.ref(captured)
+
+
+# ---- The public functions -----------------------------------------------------------------------
 
 
 def fill_draft_extend_metadata_cuda(
@@ -308,6 +355,56 @@ def fill_draft_extend_metadata_cuda(
 
     Source: the layout is that of SGLang's draft-extend metadata for NSA/DSA attention.
     """
+    known = known_key = None
+    if nsa_index_topk.__class__ is int and use_adaptive.__class__ is bool:
+        known_key = (
+            id(extend_seq_lens), id(seq_lens), id(out_seqlens_expanded), id(out_nsa_cache_seqlens),
+            nsa_index_topk, use_adaptive,
+        )  # fmt: skip
+        known = thread.known.find(known_key)
+    if (
+        known is not None
+        and known.guard(extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens)
+        and known.addresses
+        == (
+            extend_seq_lens.data_ptr(),
+            seq_lens.data_ptr(),
+            out_seqlens_expanded.data_ptr(),
+            out_nsa_cache_seqlens.data_ptr(),
+        )
+    ):
+        if total_tokens is None:
+            stream = current_raw_stream(known.state.device)
+            captured = known.captured_for(stream)
+            if captured is not None:
+                word = run_captured(captured, stream)
+                total = word & 0xFFFFFFFF
+                if word == total:
+                    return total
+                tensors, key = _check.draft_extend(
+                    extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+                    out_nsa_cache_seqlens, use_adaptive, None,
+                )  # fmt: skip
+                raise status_error(word >> 32, total, tensors, key)
+        elif launch_known(known, total_tokens):
+            return total_tokens
+    return _fill(
+        known_key, extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+        out_nsa_cache_seqlens, use_adaptive, total_tokens,
+    )  # fmt: skip
+
+
+def _fill(
+    known_key: Hashable,
+    extend_seq_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    nsa_index_topk: int,
+    out_seqlens_expanded: torch.Tensor,
+    out_nsa_cache_seqlens: torch.Tensor,
+    use_adaptive: bool,
+    total_tokens: int | None,
+) -> int:
+    """A call that is not known: everything is looked at."""
     tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
@@ -323,14 +420,27 @@ def fill_draft_extend_metadata_cuda(
     if not key.bs:
         return 0 if total_tokens is None else key.limit
     state = _launch.device_state(device)
-    stream = _launch.current_raw_stream(device)
+    stream = current_raw_stream(device)
     if total_tokens is None:
         if stream and state.is_capturing(stream):
             raise capture_error()
     elif not _env.debug_sync() or state.is_capturing(stream):
-        launch(state, stream, key)
+        slot = state.take_slot()
+        launches, scratch = pack_call(slot.buffer, state, key)
+        if scratch is None:
+            know(known_key, tensors, key, state)
+        state.launch(slot, stream, launches)
+        state.give_slot(slot)
         return key.limit
-    word = run(state, stream, key)
+    captured = None
+    if key.bs <= ONE_LAUNCH_MAX_BS and _env.graph_cache():  # above, scratch is per call
+        captured = thread.cache.lookup((stream, key), capture, state, key)
+    if captured is None:
+        word = run_plainly(state, stream, key)
+    else:
+        if total_tokens is None:  # else this is a call under CUPY_NSA_META_DEBUG_SYNC=1
+            know_captured(know(known_key, tensors, key, state), stream, captured)
+        word = run_captured(captured, stream)
     total = word & 0xFFFFFFFF
     if word != total:
         raise status_error(word >> 32, total, tensors, key)
@@ -349,6 +459,36 @@ def fill_draft_extend_metadata_cuda_async(
     out_total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``fill_draft_extend_metadata_async`` on the CUDA backend."""
+    known_key = None
+    if out_total is not None and nsa_index_topk.__class__ is int and use_adaptive.__class__ is bool:
+        known_key = (
+            id(extend_seq_lens), id(seq_lens), id(out_seqlens_expanded), id(out_nsa_cache_seqlens),
+            nsa_index_topk, use_adaptive, id(out_total),
+        )  # fmt: skip
+        known = thread.known.find(known_key)
+        if (
+            known is not None
+            and known.guard(
+                extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens, out_total
+            )
+            and known.addresses
+            == (
+                extend_seq_lens.data_ptr(),
+                seq_lens.data_ptr(),
+                out_seqlens_expanded.data_ptr(),
+                out_nsa_cache_seqlens.data_ptr(),
+                out_total.data_ptr(),
+            )
+        ):
+            if total_tokens is not None:
+                if launch_known(known, total_tokens):
+                    return out_total
+            elif not _env.debug_sync():
+                stream = current_raw_stream(known.state.device)
+                captured = known.captured_for(stream)
+                if captured is not None:
+                    launch_captured(captured, stream)
+                    return out_total
     tensors, key = _check.draft_extend(
         extend_seq_lens,
         seq_lens,
@@ -366,8 +506,26 @@ def fill_draft_extend_metadata_cuda_async(
         out_total = torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
     else:
         out_total = _check.out_total(out_total, tensors, key)
-    stream = _launch.current_raw_stream(device)
-    launch(state, stream, key, out_total.data_ptr())
+    out_ptr = out_total.data_ptr()
+    stream = current_raw_stream(device)
+    captured = None
+    if (  # with total_tokens the key changes at every step
+        total_tokens is None
+        and key.bs <= ONE_LAUNCH_MAX_BS
+        and _env.graph_cache()
+        and not state.is_capturing(stream)
+    ):
+        captured = thread.cache.lookup((stream, key, out_ptr), capture, state, key, out_ptr)
+    if captured is not None:
+        know_captured(know(known_key, (*tensors, out_total), key, state, out_ptr), stream, captured)
+        launch_captured(captured, stream)
+    else:
+        slot = state.take_slot()
+        launches, scratch = pack_call(slot.buffer, state, key, out_total=out_ptr)
+        if total_tokens is not None and scratch is None:
+            know(known_key, (*tensors, out_total), key, state, out_ptr)
+        state.launch(slot, stream, launches)
+        state.give_slot(slot)
     if _env.debug_sync() and not state.is_capturing(stream):
         raise_for_status(out_total, tensors, key)
     return out_total

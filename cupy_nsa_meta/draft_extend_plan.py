@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 
 from . import _check, _env, _graphs, _launch, dispatch, draft_extend
+from ._launch import current_raw_stream
 from .draft_extend import ONE_LAUNCH_MAX_BS, capture_error, raise_for_status, status_error
 
 
@@ -40,9 +40,10 @@ class DraftExtendPlan:
         device = self._tensors[0].device
         #: Total and status of the last launch, on the device.
         self._outcome = torch.zeros(2, dtype=torch.int32, device=device)
-        self._entered = threading.Lock()
-        self._enter = self._entered.acquire
-        self._leave = self._entered.release
+        # A thread is inside while it holds the one token: quicker to take than a lock.
+        self._tokens = [None]
+        self._enter = self._tokens.pop
+        self._leave = self._tokens.append
         self._device = self._key.device
         self._captured: _graphs.CapturedLaunch | None = None
         self._state: _launch.DeviceState | None = None
@@ -56,7 +57,7 @@ class DraftExtendPlan:
             shape = draft_extend.shape_of(self._key, self._state.num_sms)
             words = self._key.bs + shape.num_entries
         self._scratch = torch.empty(words, dtype=torch.int32, device=device)
-        if self._state.is_capturing(_launch.current_raw_stream(self._key.device)):
+        if self._state.is_capturing(current_raw_stream(self._key.device)):
             raise RuntimeError(
                 "plan_draft_extend_metadata: a plan is made before a CUDA graph is captured"
             )
@@ -77,13 +78,15 @@ class DraftExtendPlan:
             ValueError: as in ``fill_draft_extend_metadata_cuda``; nothing is written.
             RuntimeError: another thread is inside this plan, or a CUDA graph is being captured.
         """
-        if not self._enter(False):
-            raise _entered_twice()
+        try:
+            token = self._enter()
+        except IndexError:
+            raise _entered_twice() from None
         try:
             state = self._state
             if state is None:
                 return self._backend.fill(*self._arguments())
-            stream = _launch.current_raw_stream(self._device)
+            stream = current_raw_stream(self._device)
             if stream and state.is_capturing(stream):
                 raise capture_error()
             captured = self._captured
@@ -95,7 +98,7 @@ class DraftExtendPlan:
                 self._captured = None  # with its slot, whose late word nobody shall read
                 raise
         finally:
-            self._leave()
+            self._leave(token)
         total = word & 0xFFFFFFFF
         if word != total:
             raise status_error(word >> 32, total, self._tensors, self._key)
@@ -108,14 +111,16 @@ class DraftExtendPlan:
 
         While a CUDA graph is being captured, the plain kernel is recorded into it.
         """
-        if not self._enter(False):
-            raise _entered_twice()
+        try:
+            token = self._enter()
+        except IndexError:
+            raise _entered_twice() from None
         try:
             state = self._state
             if state is None:
                 self._backend.fill_async(*self._arguments(), out_total=self._outcome)
                 return
-            stream = _launch.current_raw_stream(self._device)
+            stream = current_raw_stream(self._device)
             if stream and state.is_capturing(stream):
                 self._record(state, stream)
                 return
@@ -128,7 +133,7 @@ class DraftExtendPlan:
                 self._captured = None
                 raise
         finally:
-            self._leave()
+            self._leave(token)
         if _env.debug_sync():
             raise_for_status(self._outcome, self._tensors, self._key)
 
@@ -139,7 +144,7 @@ class DraftExtendPlan:
         """
         if self._state is None:
             return int(self._outcome[1])
-        if self._state.is_capturing(_launch.current_raw_stream(self._key.device)):
+        if self._state.is_capturing(current_raw_stream(self._key.device)):
             raise RuntimeError("DraftExtendPlan.status: not while a CUDA graph is being captured")
         with _launch.relaxed_capture():
             return int(self._outcome[1])

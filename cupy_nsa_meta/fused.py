@@ -6,13 +6,17 @@ Device twin: ``cuda_src/fused.cu``. Specification: ``reference_fused.metadata``.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 
-from . import _check, _env, _launch, reference_fused
+from . import _check, _env, _known, _launch, reference_fused
 from ._check import FusedCall, FusedOutputs
+from ._graphs import CapturedLaunch, thread
 from ._status import INT32_MAX, Status, fused_error
 from .dispatch import cuda_unavailable_reason
 
@@ -93,19 +97,10 @@ def table_units(call: FusedCall) -> TableUnits:
     return TableUnits(page_1, real_page, flattened)
 
 
-def geometry(call: FusedCall, num_sms: int) -> Geometry:
-    """Tiles of requests, blocks over their rows, blocks over the columns of each table row."""
-    return cut_up(call.bs, rows_to_deal_out(call), table_units(call), num_sms)
-
-
-def is_direct(call: FusedCall) -> bool:
-    """Whether ``fused_direct`` serves the call: few requests of few query tokens each."""
-    out = call.outputs
+def has_direct_outputs(out: FusedOutputs) -> bool:
+    """Whether ``fused_direct`` knows these outputs: those of decode and speculative steps."""
     return (
-        call.bs <= REQUESTS_PER_TILE
-        and (call.max_extend_len if call.uniform_q < 0 else call.uniform_q) <= DIRECT_MAX_EXTEND_LEN
-        and call.pad_to == 0
-        and out.cache_seqlens is not None
+        out.cache_seqlens is not None
         and out.cu_seqlens_k is not None
         and out.dsa_cache_seqlens is not None
         and out.dsa_cu_seqlens_k is not None
@@ -118,16 +113,25 @@ def is_direct(call: FusedCall) -> bool:
 _NOT_DIRECT = (None,) * 5  # token_to_batch_idx .. positions
 
 
-def rows_to_deal_out(call: FusedCall) -> int:
-    """Rows over which the blocks of 1-D arrays are spread; ``fused_direct`` has one such block."""
-    return 0 if is_direct(call) else max(call.total_len, call.pad_to)
+def is_direct(call: FusedCall) -> bool:
+    """Whether ``fused_direct`` serves a call with such outputs: few requests, few query tokens."""
+    return (
+        call.bs <= REQUESTS_PER_TILE
+        and (call.max_extend_len if call.uniform_q < 0 else call.uniform_q) <= DIRECT_MAX_EXTEND_LEN
+        and call.pad_to == 0
+    )
+
+
+def num_tiles(bs: int) -> int:
+    """Tiles of requests, at least one."""
+    return max(1, -(-bs // REQUESTS_PER_TILE))
 
 
 def cut_up(bs: int, rows: int, units: TableUnits, num_sms: int) -> Geometry:
     """``geometry`` from sizes alone."""
-    num_tiles = max(1, -(-bs // REQUESTS_PER_TILE))
-    parts = -(-rows // (num_tiles * REQUESTS_PER_TILE))
-    row_parts = max(1, min(parts, ROW_BLOCKS_PER_SM * num_sms // num_tiles))
+    tiles = num_tiles(bs)
+    parts = -(-rows // (tiles * REQUESTS_PER_TILE))
+    row_parts = max(1, min(parts, ROW_BLOCKS_PER_SM * num_sms // tiles))
 
     page_1, real_page, flattened = units if bs else (0, 0, 0)
     items = bs * (page_1 + real_page + flattened) // (SPREAD_BLOCKS_PER_SM * num_sms)
@@ -136,15 +140,30 @@ def cut_up(bs: int, rows: int, units: TableUnits, num_sms: int) -> Geometry:
     page_1, real_page, flattened = (
         min(-(-blocks // items), most) for blocks in (page_1, real_page, flattened)
     )
-    return Geometry(num_tiles, row_parts, page_1, real_page, flattened, items)
+    return Geometry(tiles, row_parts, page_1, real_page, flattened, items)
 
 
 def _blocks(columns: int, columns_per_item: int) -> int:
     return max(1, -(-columns // (columns_per_item * _launch.BLOCK_THREADS)))
 
 
-def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_sums: int) -> None:
-    """Pack ``struct FusedArgs``; ``tile_sums`` is 0 in the one-launch form."""
+def plan_launch(
+    call: FusedCall, units: TableUnits, direct_outputs: bool, num_sms: int, tiled: bool
+) -> tuple[Geometry, tuple[tuple[str, int], ...]]:
+    """Geometry, and kernels and grids in order, of a call from its numbers.
+
+    Tiles of requests, blocks over their rows (of which ``fused_direct`` has one), blocks over the
+    columns of each table row.
+    """
+    direct = direct_outputs and not tiled and is_direct(call)
+    rows = 0 if direct else max(call.total_len, call.pad_to)
+    shape = cut_up(call.bs, rows, units, num_sms)
+    last = ("fused_direct" if direct else "fused", shape.grid(call.bs))
+    return shape, ((("fused_tiles", shape.num_tiles), last) if tiled else (last,))
+
+
+def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) -> None:
+    """Pack ``struct FusedArgs``, for one launch."""
     seq, extend, pool, tokens, out = call[:5]
     page_1, real_page, mqa, flattened = (
         out.page_table_1,
@@ -173,7 +192,7 @@ def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_
         tokens.data_ptr() if has_tables and tokens is not None else 0,
         *[0 if tensor is None else tensor.data_ptr() for tensor in out],
         status,
-        tile_sums,
+        0,  # tile_sums
         seq.stride(0),
         0 if extend is None else extend.stride(0),
         0 if pool is None else pool.stride(0),
@@ -205,105 +224,214 @@ def pack(buffer: bytearray, call: FusedCall, shape: Geometry, status: int, tile_
 _NO_ROW_OUTPUTS = (None,) * 9
 
 
-def launches(call: FusedCall, shape: Geometry, tiled: bool) -> tuple[tuple[str, int], ...]:
-    """Kernel names and grids of a call, in order."""
-    name = "fused_direct" if is_direct(call) and not tiled else "fused"
-    last = (name, shape.grid(call.bs))
-    return (("fused_tiles", shape.num_tiles), last) if tiled else (last,)
+# Where the fields of ``ARGS`` lie that differ between calls on the same tensors.
+_POINTER = struct.Struct("<Q")
+STATUS_AT = 20 * 8
+_TILE_SUMS_AT = 21 * 8
+_SIZES = struct.Struct("<3i")  # bs, total_len, pad_to
+_SIZES_AT = 31 * 8 + 4
+_UNIFORM_Q = struct.Struct("<i")
+_UNIFORM_Q_AT = _SIZES_AT + 6 * 4
+_SHAPE = struct.Struct("<6iI")  # Geometry, flags
+_SHAPE_AT = ARGS.size - _SHAPE.size
 
 
-class _Launches(NamedTuple):
-    """A checked and packed call of the one-launch form."""
+@dataclass(frozen=True, eq=False, slots=True)  # equal to itself only, as a key
+class Packed:
+    """The argument struct of a launch, its kernels and grids."""
 
-    state: _launch.DeviceState
-    args: bytes
+    arguments: bytes
     launches: tuple[tuple[str, int], ...]
 
 
-#: Checking and packing is a function of a call's facts, so the outcome is kept for the same facts.
-#: No tensor is kept alive. Cleared when full: a server makes calls of few kinds again and again.
-_remembered: dict[tuple[Any, ...], _Launches] = {}
-MAX_REMEMBERED = 1024
+class Template:
+    """Checked tensors, packed once: the numbers of a call are packed into a copy.
 
-_data_ptr = torch.Tensor.data_ptr
-_size = torch.Tensor.size
-_stride = torch.Tensor.stride
-_dtype = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
-
-
-def _facts(op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that checks and packed arguments depend on; None where an argument is no tensor.
-
-    Read afresh for each call: a tensor object may have got another memory, shape or stride. An
-    address tells the device too, but for tensors without elements, of which nothing is accessed.
+    Keeps no tensor alive.
     """
-    present = [tensor for tensor in tensors if tensor is not None]
-    try:
-        return (
-            op,
-            tensors[0].get_device(),
-            *map(_data_ptr, present),
-            *map(_size, present),
-            *map(_stride, present),
-            *map(_dtype, present),
-            *([tensor is None for tensor in tensors] if len(present) < len(tensors) else ()),
-            *scalars,
-            *map(type, scalars),  # 4.0 and True are not 4 and 1
-            _env.backend(),
+
+    def __init__(self, call: FusedCall, num_sms: int, status: int) -> None:
+        self.num_sms = num_sms
+        self._units = table_units(call)
+        self._direct_outputs = has_direct_outputs(call.outputs)
+        base = bytearray(ARGS.size)
+        shape, _ = plan_launch(call, self._units, self._direct_outputs, num_sms, False)
+        _pack_all(base, call._replace(total_is_capacity=False), shape, status)
+        self._base = bytes(base)
+        (self._flags,) = struct.unpack_from("<I", base, ARGS.size - 4)
+
+    def pack(self, call: FusedCall, tile_sums: int = 0) -> Packed:
+        """The launch of a call with the same tensors, top-k, page size and width."""
+        shape, launches = plan_launch(
+            call, self._units, self._direct_outputs, self.num_sms, tile_sums != 0
         )
-    except (AttributeError, TypeError):
-        return None
+        arguments = bytearray(self._base)
+        _SIZES.pack_into(arguments, _SIZES_AT, call.bs, call.total_len, call.pad_to)
+        _UNIFORM_Q.pack_into(arguments, _UNIFORM_Q_AT, call.uniform_q)
+        flags = self._flags | (TOTAL_IS_CAPACITY if call.total_is_capacity else 0)
+        _SHAPE.pack_into(arguments, _SHAPE_AT, *shape, flags)
+        _POINTER.pack_into(arguments, _TILE_SUMS_AT, tile_sums)
+        return Packed(bytes(arguments), launches)
 
 
-def _again(
-    op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]
-) -> tuple[tuple[Any, ...] | None, bool]:
-    """Launch a call of known facts. Returns its facts, and whether it was launched."""
-    if not _is_cuda(tensors[0]):
-        return None, False
-    facts = _facts(op, tensors, scalars)
-    known = None
-    if facts is not None:
-        try:
-            known = _remembered.get(facts)
-        except TypeError:  # a scalar that cannot be hashed; the check raises
-            facts = None
-    if known is None or _env.debug_sync():
-        return facts, False
-    state = known.state
-    slot = state.take_slot()
-    slot.buffer[: ARGS.size] = known.args
-    state.launch(slot, _launch.current_raw_stream(state.device), known.launches)
-    state.give_slot(slot)
-    return facts, True
+def pack(call: FusedCall, num_sms: int, status: int, tile_sums: int = 0) -> Packed:
+    """The launch of a checked call; ``tile_sums`` is 0 in the one-launch form."""
+    return Template(call, num_sms, status).pack(call, tile_sums)
 
 
-def _is_cuda(tensor: Any) -> bool:
-    return isinstance(tensor, torch.Tensor) and tensor.is_cuda
+def capture(state: _launch.DeviceState, packed: Packed) -> CapturedLaunch:
+    """The launch as a graph."""
+
+    def pack_slot(slot: _launch.Slot) -> tuple[tuple[str, int], ...]:
+        slot.buffer[: ARGS.size] = packed.arguments
+        return packed.launches
+
+    return CapturedLaunch(state, pack_slot, answers=False)
 
 
-def _enqueue(
-    call: FusedCall,
-    state: _launch.DeviceState,
-    stream: int,
-    status: int,
-    facts: tuple[Any, ...] | None,
-) -> None:
-    shape = geometry(call, state.num_sms)
+# ---- Calls on known tensors ---------------------------------------------------------------------
+
+
+class _KnownCall:
+    """What is kept for calls on known tensors, of which none is kept alive."""
+
+    __slots__ = ("addresses", "guard", "numbers", "packed", "pick", "state", "template")
+
+    def __init__(
+        self,
+        pick: Callable[[tuple[Any, ...]], tuple[Any, ...]],
+        guard: _known.Guard,
+        addresses: tuple[int, ...],
+        state: _launch.DeviceState,
+        call: FusedCall,
+    ) -> None:
+        self.pick = pick  # of a call's tensors those that are not None, each once
+        self.guard = guard
+        self.addresses = addresses
+        self.state = state
+        self.packed: dict[tuple[Any, ...], Packed] = {}  # by the scalars of a call
+        self.renew(call)
+
+    def renew(self, call: FusedCall) -> None:
+        """Take a call that was checked for the one whose numbers bound later ones."""
+        self.template = Template(call, self.state.num_sms, self.state.sticky_status)
+        self.numbers = _Numbers(*(getattr(call, name) for name in _Numbers._fields))
+
+    def covers(self, call: FusedCall) -> bool:
+        """Whether a call on these tensors is right because a larger one was."""
+        old = self.numbers
+        new = _Numbers(*(getattr(call, name) for name in _Numbers._fields))
+        return (
+            set(map(type, new)) == {int}
+            and 0 <= new.bs <= old.bs
+            and 0 <= new.total_len <= old.total_len
+            and 0 <= new.pad_to <= old.pad_to
+            and new[3:] == old[3:]
+        )
+
+    def keep(self, scalars: tuple[Any, ...], packed: Packed) -> None:
+        if len(self.packed) >= MAX_PACKED:
+            self.packed.clear()
+        self.packed[scalars] = packed
+
+
+class _Numbers(NamedTuple):
+    """Numbers of a ``FusedCall``: bounds of smaller calls, then what has to be equal."""
+
+    bs: int
+    total_len: int
+    pad_to: int
+    width: int
+    topk: int
+    page_size: int
+    kv_add: int
+
+
+MAX_KNOWN = 256
+MAX_PACKED = 1024  # of one known call
+_calls: _known.KnownCalls[_KnownCall] = _known.KnownCalls(MAX_KNOWN)
+_CUDA_BACKENDS = ("auto", "cuda")
+
+
+class _Met(NamedTuple):
+    """A call that was not launched by what is known of it."""
+
+    key: tuple[Any, ...]
+    tensors: tuple[Any, ...]
+    scalars: tuple[Any, ...]
+    known: _KnownCall | None  # whose tensors are those of this call, to be launched as then
+
+
+def _again(op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met | None:
+    """Launch a call that is known; None when that was done."""
+    key = (op, *map(id, tensors))
+    known = _calls.find(key)
+    scalars = (*scalars, *map(type, scalars))  # 4.0 and True are not 4 and 1
+    if known is not None:
+        present = known.pick(tensors)
+        if (
+            known.guard(*present)
+            and known.addresses == tuple(map(_known.data_ptr, present))
+            and _env.backend() in _CUDA_BACKENDS
+            and not _env.debug_sync()
+        ):
+            try:
+                packed = known.packed.get(scalars)
+            except TypeError:  # a number that cannot be hashed; the check raises
+                packed = None
+            if packed is not None:
+                _launch_again(known.state, packed)
+                return None
+        else:
+            known = None
+    return _Met(key, tensors, scalars, known)
+
+
+def _launch_again(state: _launch.DeviceState, packed: Packed) -> None:
+    """Enqueue what was launched before, from the second time on as a captured launch."""
+    stream = _launch.current_raw_stream(state.device)
+    if _env.graph_cache() and not (stream and state.is_capturing(stream)):
+        cache = thread.cache
+        captured = cache.lookup((stream, packed), capture, state, packed)
+        if captured is not None:
+            try:
+                captured.launch(stream)
+            except BaseException:
+                cache.discard(captured)
+                raise
+            return
+    state.launch_bytes(packed.arguments, stream, packed.launches)
+
+
+def _keep(call: FusedCall, state: _launch.DeviceState, met: _Met) -> None:
+    """Keep what is known of a call that was checked, when its tensors are met again."""
+    known = met.known
+    if known is not None:
+        known.renew(call)
+    elif _calls.is_due(met.key):
+        places = {id(tensor): k for k, tensor in enumerate(met.tensors) if tensor is not None}
+        present = [met.tensors[k] for k in places.values()]
+        if len(present) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in present):
+            return  # something that DLPack shares
+        guard = _known.guard(present)
+        if guard is None:
+            return
+        pick = itemgetter(*places.values())
+        known = _KnownCall(pick, guard, _known.addresses(present), state, call)
+        _calls.keep(met.key, known)
+    if known is not None:
+        known.keep(met.scalars, known.template.pack(call))
+
+
+def _enqueue(call: FusedCall, state: _launch.DeviceState, stream: int, status: int) -> None:
+    """Launch a checked call."""
     scratch = None
     if call.bs > ONE_LAUNCH_MAX_BS:  # freed at return, reused by torch in stream order
         scratch = torch.empty(
-            NUM_TILE_SUMS * shape.num_tiles, dtype=torch.int64, device=call.seq_lens.device
+            NUM_TILE_SUMS * num_tiles(call.bs), dtype=torch.int64, device=call.seq_lens.device
         )
-    slot = state.take_slot()
-    pack(slot.buffer, call, shape, status, 0 if scratch is None else scratch.data_ptr())
-    in_order = launches(call, shape, scratch is not None)
-    if facts is not None and scratch is None:
-        if len(_remembered) >= MAX_REMEMBERED:
-            _remembered.clear()
-        _remembered[facts] = _Launches(state, bytes(slot.buffer[: ARGS.size]), in_order)
-    state.launch(slot, stream, in_order)
-    state.give_slot(slot)
+    packed = pack(call, state.num_sms, status, 0 if scratch is None else scratch.data_ptr())
+    state.launch_bytes(packed.arguments, stream, packed.launches)
 
 
 def _runs_cuda(device: int) -> bool:
@@ -319,17 +447,28 @@ def _runs_cuda(device: int) -> bool:
     return reason is None
 
 
-def _run(call: FusedCall, facts: tuple[Any, ...] | None) -> None:
-    """Enqueue a checked call; under CUPY_NSA_META_DEBUG_SYNC=1 read its status and raise."""
+def _run(call: FusedCall, width_name: str, met: _Met) -> None:
+    """Check and enqueue; under CUPY_NSA_META_DEBUG_SYNC=1 read the status and raise."""
+    known = met.known
+    if known is not None and known.covers(call):
+        packed = known.template.pack(call)
+        known.keep(met.scalars, packed)
+        state = known.state
+        stream = _launch.current_raw_stream(state.device)
+        state.launch_bytes(packed.arguments, stream, packed.launches)
+        return
+    call = _check.fused(call, width_name)
     device = call.device
     if _runs_cuda(device):
         state = _launch.device_state(device, "fused")
         stream = _launch.current_raw_stream(device)
         if not (_env.debug_sync() and not state.is_capturing(stream)):
-            _enqueue(call, state, stream, state.sticky_status, facts)
+            _enqueue(call, state, stream, state.sticky_status)
+            if call.bs <= ONE_LAUNCH_MAX_BS:
+                _keep(call, state, met)
             return
         status = torch.zeros(1, dtype=torch.int32, device=call.seq_lens.device)
-        _enqueue(call, state, stream, status.data_ptr(), None)
+        _enqueue(call, state, stream, status.data_ptr())
     else:
         capturing = device >= 0 and torch.cuda.is_current_stream_capturing()
         status = reference_fused.metadata(call)
@@ -339,9 +478,9 @@ def _run(call: FusedCall, facts: tuple[Any, ...] | None) -> None:
             return
     # The lengths may be read back to name a request, also while another thread captures.
     with _launch.relaxed_capture() if device >= 0 else nullcontext():
-        met = int(status.item())
-        if met:
-            raise fused_error(met, call)
+        found = int(status.item())
+        if found:
+            raise fused_error(found, call)
 
 
 def last_status(device: int | torch.device | str | None = None, reset: bool = True) -> int:
@@ -384,20 +523,23 @@ def last_status(device: int | torch.device | str | None = None, reset: bool = Tr
     return Status(status)
 
 
+_WARM_DEVICE = "cuda"
+
+
 def warm(device: int) -> None:
     """Launch every kernel once, on batches without rows: the first launch loads the code."""
     bs = ONE_LAUNCH_MAX_BS + 1
     with torch.cuda.device(device):
-        zeros = torch.zeros(bs, dtype=torch.int32, device="cuda")
-        cache_seqlens = torch.empty(bs, dtype=torch.int32, device="cuda")
+        zeros, out = torch.zeros((2, bs), dtype=torch.int32, device=_WARM_DEVICE)
         for count in (1, bs):
             fused_dsa_extend_metadata(
-                zeros[:count],
-                zeros[:count],
-                total_len=0,
-                dsa_index_topk=1,
-                cache_seqlens=cache_seqlens,
+                zeros[:count], zeros[:count], total_len=0, dsa_index_topk=1, cache_seqlens=out
             )
+        outs = out[:4].unsqueeze(1)
+        fused_dsa_decode_metadata(
+            zeros, zeros, zeros[:1].unsqueeze(0), outs[0], outs[1], None, outs[2], outs[3], None,
+            bs=0, max_len=0, dsa_index_topk=1, physical_page_size=1,
+        )  # fmt: skip
 
 
 # ---- The public functions -----------------------------------------------------------------------
@@ -490,7 +632,7 @@ def fused_dsa_decode_metadata(
     """
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
-    facts, is_launched = _again(
+    met = _again(
         "decode",
         (
             seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
@@ -498,7 +640,7 @@ def fused_dsa_decode_metadata(
         ),
         (bs, max_len, dsa_index_topk, physical_page_size),
     )  # fmt: skip
-    if is_launched:
+    if met is None:
         return
     if (
         req_pool_indices is None
@@ -524,16 +666,11 @@ def fused_dsa_decode_metadata(
         page_table_1=page_table_1,
         real_page_table=real_page_table,
     )
-    _run(
-        _check.fused(
-            FusedCall(
-                seq_lens, None, req_pool_indices, req_to_token, outputs, bs, bs, max_len,
-                dsa_index_topk, physical_page_size, 1, 0, 0, True, -1,
-            ),
-            "max_len",
-        ),
-        facts,
+    call = FusedCall(
+        seq_lens, None, req_pool_indices, req_to_token, outputs, bs, bs, max_len,
+        dsa_index_topk, physical_page_size, 1, 0, 0, True, -1,
     )  # fmt: skip
+    _run(call, "max_len", met)
 
 
 def fused_dsa_target_verify_metadata(
@@ -580,7 +717,7 @@ def fused_dsa_target_verify_metadata(
     """
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
-    facts, is_launched = _again(
+    met = _again(
         "verify",
         (
             seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
@@ -589,7 +726,7 @@ def fused_dsa_target_verify_metadata(
         ),
         (bs, max_seqlen_k, dsa_index_topk, physical_page_size, next_n),
     )  # fmt: skip
-    if is_launched:
+    if met is None:
         return
     if (
         next_n is REQUIRED
@@ -625,16 +762,11 @@ def fused_dsa_target_verify_metadata(
         page_table_1=page_table_1,
         real_page_table=real_page_table,
     )
-    _run(
-        _check.fused(
-            FusedCall(
-                seq_lens, None, req_pool_indices, req_to_token, outputs, bs, bs * next_n,
-                max_seqlen_k, dsa_index_topk, physical_page_size, next_n, next_n, 0, False, -1,
-            ),
-            "max_seqlen_k",
-        ),
-        facts,
+    call = FusedCall(
+        seq_lens, None, req_pool_indices, req_to_token, outputs, bs, bs * next_n,
+        max_seqlen_k, dsa_index_topk, physical_page_size, next_n, next_n, 0, False, -1,
     )  # fmt: skip
+    _run(call, "max_seqlen_k", met)
 
 
 def fused_dsa_draft_extend_metadata(
@@ -689,7 +821,7 @@ def fused_dsa_draft_extend_metadata(
     """
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
-    facts, is_launched = _again(
+    met = _again(
         "draft_extend",
         (
             seq_lens, extend_seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k,
@@ -700,7 +832,7 @@ def fused_dsa_draft_extend_metadata(
             max_total_len, static_extend_len,
         ),
     )  # fmt: skip
-    if is_launched:
+    if met is None:
         return
     if (
         max_extend_len is REQUIRED
@@ -748,17 +880,12 @@ def fused_dsa_draft_extend_metadata(
         page_table_1=page_table_1,
         real_page_table=real_page_table,
     )
-    _run(
-        _check.fused(
-            FusedCall(
-                seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
-                max_seqlen_k, dsa_index_topk, physical_page_size, uniform_q, 0, 0, False, -1,
-                False, min(max_extend_len, INT32_MAX),
-            ),
-            "max_seqlen_k",
-        ),
-        facts,
+    call = FusedCall(
+        seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
+        max_seqlen_k, dsa_index_topk, physical_page_size, uniform_q, 0, 0, False, -1,
+        False, min(max_extend_len, INT32_MAX),
     )  # fmt: skip
+    _run(call, "max_seqlen_k", met)
 
 
 def _extend_sizes(bs: Any, total_len: Any, bound_name: str, bound: Any) -> tuple[int, int]:
@@ -847,12 +974,12 @@ def fused_dsa_extend_metadata(
         dsa_cache_seqlens, dsa_cu_seqlens_k, token_to_batch_idx, ks, ke, topk_indices_offset,
         positions, None, page_table_1, real_page_table, page_table_1_flattened,
     )  # fmt: skip
-    facts, is_launched = _again(
+    met = _again(
         "extend",
         (seq_lens, extend_seq_lens, req_pool_indices, req_to_token, *outputs),
         (total_len, dsa_index_topk, max_seqlen_k, physical_page_size, pad_to),
     )
-    if is_launched:
+    if met is None:
         return
     if not isinstance(seq_lens, torch.Tensor):
         seq_lens = _check.as_tensor("seq_lens", seq_lens)
@@ -869,16 +996,11 @@ def fused_dsa_extend_metadata(
     elif type(pad_to) is not int or not total_len <= pad_to < INT32_MAX:
         pad_to = _check.integer("pad_to", pad_to, total_len, INT32_MAX - 1)
     width = _extend_width(outputs, req_pool_indices, req_to_token, max_seqlen_k, physical_page_size)
-    _run(
-        _check.fused(
-            FusedCall(
-                seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
-                width, dsa_index_topk, physical_page_size, -1, 0, pad_to, True, -1,
-            ),
-            "max_seqlen_k",
-        ),
-        facts,
+    call = FusedCall(
+        seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
+        width, dsa_index_topk, physical_page_size, -1, 0, pad_to, True, -1,
     )  # fmt: skip
+    _run(call, "max_seqlen_k", met)
 
 
 def _extend_width(

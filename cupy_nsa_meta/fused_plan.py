@@ -15,20 +15,14 @@ import torch
 
 from . import _check, _env, _launch, fused, reference_fused
 from ._check import FusedCall, FusedOutputs
+from ._graphs import CapturedLaunch
+from ._launch import current_raw_stream
 from ._status import INT32_MAX, Status, fused_error
+from .fused import Packed, Template
 
-# Where the varying fields of ``fused.ARGS`` lie.
-_STATUS = struct.Struct("<Q")
-_STATUS_AT = 20 * 8
-_TILE_SUMS_AT = 21 * 8
-_SIZES = struct.Struct("<3i")  # bs, total_len, pad_to
-_SIZES_AT = 31 * 8 + 4
-_UNIFORM_Q = struct.Struct("<i")
-_UNIFORM_Q_AT = _SIZES_AT + 6 * 4
-_SHAPE = struct.Struct("<6iI")  # Geometry, flags
-_SHAPE_AT = fused.ARGS.size - _SHAPE.size
-
-MAX_REMEMBERED = 1024
+_POINTER = struct.Struct("<Q")
+MAX_REMEMBERED = 1024  # batch sizes
+MAX_GRAPHS = 64  # captured launches, each of one batch size
 
 
 class FusedPlan:
@@ -49,6 +43,7 @@ class FusedPlan:
     ) -> None:
         self._name = name
         self._call = call = _check.fused(call, width_name)
+        self._device = call.device
         if self._is_capturing():
             raise RuntimeError(f"{name}: a plan is made before a CUDA graph is captured")
         self._max_extend_len = max_extend_len  # None: the number of rows follows from bs
@@ -61,20 +56,16 @@ class FusedPlan:
         #: still write its word.
         self._run_status: torch.Tensor | None = None
         self._state: _launch.DeviceState | None = None
-        self._packed: dict[Any, tuple[bytes, tuple[tuple[str, int], ...]]] = {}
+        self._packed: dict[Any, Packed] = {}
+        self._captured: dict[Any, CapturedLaunch] = {}
         if not fused._runs_cuda(call.device):
             return
         self._state = state = _launch.device_state(call.device, "fused")
-        self._units = fused.table_units(call)
-        shape = fused.geometry(call, state.num_sms)
-        words = fused.NUM_TILE_SUMS * shape.num_tiles if call.bs > fused.ONE_LAUNCH_MAX_BS else 0
-        self._scratch = torch.empty(words, dtype=torch.int64, device=call.seq_lens.device)
-        self._scratch_ptr = self._scratch.data_ptr()
-        self._status_ptr = self._status.data_ptr()
-        base = bytearray(fused.ARGS.size)
-        fused.pack(base, call._replace(total_is_capacity=False), shape, self._status_ptr, 0)
-        self._base = bytes(base)
-        (self._flags,) = struct.unpack_from("<I", base, fused.ARGS.size - 4)
+        tiles = fused.num_tiles(call.bs) if call.bs > fused.ONE_LAUNCH_MAX_BS else 0
+        self._scratch = torch.empty(
+            fused.NUM_TILE_SUMS * tiles, dtype=torch.int64, device=call.seq_lens.device
+        )
+        self._template = Template(call, state.num_sms, self._status.data_ptr())
 
     def launch(
         self, bs: int | None = None, total_len: int | None = None, *, pad_to: int | None = None
@@ -94,7 +85,17 @@ class FusedPlan:
         Can be captured; replay takes bs, total_len and pad_to of the capture, and the lengths of
         its own time. Under CUPY_NSA_META_DEBUG_SYNC=1 it is ``run`` outside of captures.
         """
-        if _env.debug_sync() and not self._is_capturing():
+        try:
+            captured = self._captured.get(_key(bs, total_len, pad_to))
+        except TypeError:  # a number that cannot be hashed; the check raises
+            captured = None
+        debug_sync = _env.debug_sync()
+        if captured is not None and not debug_sync:
+            stream = current_raw_stream(self._device)
+            if not (stream and captured.state.is_capturing(stream)):
+                captured.launch(stream)
+                return
+        if debug_sync and not self._is_capturing():
             self.run(bs, total_len, pad_to=pad_to)
             return
         self._enqueue(bs, total_len, pad_to, self._status)
@@ -150,36 +151,37 @@ class FusedPlan:
             met = reference_fused.metadata(self._batch(bs, total_len, pad_to))
             torch.maximum(status, met, out=status)
             return
-        key = (bs, total_len, pad_to)
+        key = _key(bs, total_len, pad_to)
         try:
             packed = self._packed.get(key)
         except TypeError:  # a number that cannot be hashed; the check raises
             packed = None
+        stream = current_raw_stream(state.device)
         if packed is None:
-            packed = self._pack(self._batch(bs, total_len, pad_to), state.num_sms)
+            packed = self._pack(self._batch(bs, total_len, pad_to))
             if len(self._packed) >= MAX_REMEMBERED:
                 self._packed.clear()
             self._packed[key] = packed
-        args, launches = packed
-        slot = state.take_slot()
-        slot.buffer[: len(args)] = args
+        elif (  # met before: worth a capture
+            status is self._status
+            and len(self._captured) < MAX_GRAPHS
+            and _env.graph_cache()
+            and not state.is_capturing(stream)
+        ):
+            captured = self._captured[key] = fused.capture(state, packed)
+            captured.launch(stream)
+            return
+        arguments = packed.arguments
         if status is not self._status:
-            _STATUS.pack_into(slot.buffer, _STATUS_AT, status.data_ptr())
-        state.launch(slot, _launch.current_raw_stream(state.device), launches)
-        state.give_slot(slot)
+            other = bytearray(arguments)
+            _POINTER.pack_into(other, fused.STATUS_AT, status.data_ptr())
+            arguments = bytes(other)
+        state.launch_bytes(arguments, stream, packed.launches)
 
-    def _pack(self, call: FusedCall, num_sms: int) -> tuple[bytes, tuple[tuple[str, int], ...]]:
+    def _pack(self, call: FusedCall) -> Packed:
         """The plan's arguments with the numbers of one batch."""
-        shape = fused.cut_up(call.bs, fused.rows_to_deal_out(call), self._units, num_sms)
-        args = bytearray(self._base)
-        _SIZES.pack_into(args, _SIZES_AT, call.bs, call.total_len, call.pad_to)
-        _UNIFORM_Q.pack_into(args, _UNIFORM_Q_AT, call.uniform_q)
-        flags = self._flags | (fused.TOTAL_IS_CAPACITY if call.total_is_capacity else 0)
-        _SHAPE.pack_into(args, _SHAPE_AT, *shape, flags)
         tiled = call.bs > fused.ONE_LAUNCH_MAX_BS
-        if tiled:
-            _STATUS.pack_into(args, _TILE_SUMS_AT, self._scratch_ptr)
-        return bytes(args), fused.launches(call, shape, tiled)
+        return self._template.pack(call, self._scratch.data_ptr() if tiled else 0)
 
     def _batch(self, bs: Any, total_len: Any, pad_to: Any) -> FusedCall:
         """The plan's call with the numbers of one batch, checked against the capacities."""
@@ -215,6 +217,11 @@ class FusedPlan:
             uniform_q=uniform_q,
             total_is_capacity=total_len is None,
         )
+
+
+def _key(bs: Any, total_len: Any, pad_to: Any) -> tuple[Any, ...]:
+    """The numbers of a launch with their types: 4.0 and True are not 4 and 1."""
+    return bs, total_len, pad_to, bs.__class__, total_len.__class__, pad_to.__class__
 
 
 def plan_fused_dsa_decode_metadata(

@@ -16,6 +16,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from fake_device import fake_device  # noqa: F401 (a fixture)
+
 REQUIRE_GPU = os.environ.get("CUPY_NSA_META_REQUIRE_GPU") == "1"
 REQUIRE_CPU_GROUPS = os.environ.get("CUPY_NSA_META_REQUIRE_CPU_GROUPS") == "1"
 

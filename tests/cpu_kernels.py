@@ -236,7 +236,11 @@ FUSED_INPUTS = 4
 def fused_call(case: FusedCase) -> FusedCall:
     """The checked call that a case's public function would enqueue."""
     calls: list[FusedCall] = []
-    with mock.patch.object(fused, "_run", lambda call, facts: calls.append(call)):
+
+    def run(call: FusedCall, width_name: str, met: object) -> None:
+        calls.append(_check.fused(call, width_name))
+
+    with mock.patch.object(fused, "_run", run):
         Built(case).run()
     return calls[0]
 
@@ -252,9 +256,7 @@ class FusedJob:
 def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
     """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
     call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
-    shape = fused.geometry(call, NUM_SMS)
-    args = bytearray(fused.ARGS.size)
-    fused.pack(args, call, shape, 1, 1 if tiled else 0)
+    args, launches = fused.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
     pointers: list[tuple[int, int, int]] = []
     tensors: list[torch.Tensor] = []
     for position, tensor in enumerate((*call[:FUSED_INPUTS], *call.outputs)):
@@ -266,8 +268,8 @@ def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = Fa
     buffers.append(Buffer(bytes(4)))
     if tiled:
         pointers.append((8 * (NUM_FUSED_POINTERS - 1), len(buffers), 0))
-        buffers.append(Buffer(b"\x55" * (8 * fused.NUM_TILE_SUMS * shape.num_tiles)))
-    job = Job(buffers, bytes(args), pointers, fused.launches(call, shape, tiled))
+        buffers.append(Buffer(b"\x55" * (8 * fused.NUM_TILE_SUMS * fused.num_tiles(call.bs))))
+    job = Job(buffers, bytes(args), pointers, launches)
     return FusedJob(case, call, job, tensors)
 
 

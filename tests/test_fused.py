@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 import cupy_nsa_meta
 from cases import POISON
 from cpu_kernels import fused_call
-from cupy_nsa_meta import _check, _launch, fused
+from cupy_nsa_meta import _check, _launch, _module, fused
 from cupy_nsa_meta._status import INT32_MAX
 from fused_cases import (
     BY_NAME,
@@ -21,6 +24,7 @@ from fused_cases import (
     LARGE_CASES,
     Built,
     case,
+    expected,
     naive,
     random_cases,
 )
@@ -502,7 +506,13 @@ def test_geometry_stays_in_bounds():
     for item in CASES + LARGE_CASES:
         call = fused_call(item)
         for num_sms in (1, 20, 132):
-            shape = fused.geometry(call, num_sms)
+            shape, _ = fused.plan_launch(
+                call,
+                fused.table_units(call),
+                fused.has_direct_outputs(call.outputs),
+                num_sms,
+                False,
+            )
             assert shape.row_parts >= 1
             assert 1 <= shape.table_items <= fused.MAX_ITEMS_PER_THREAD
             assert shape.num_tiles * fused.REQUESTS_PER_TILE >= call.bs
@@ -512,52 +522,103 @@ def test_geometry_stays_in_bounds():
     assert fused.ARGS.size <= _launch.ARGS_BYTES
 
 
-# ---- The same call again, without a GPU: a device state that records what would be launched ------
-
-
-class RecordingState:
-    """What ``_launch.DeviceState`` is to the launch path; keeps the bytes of each launch."""
-
-    num_sms = 132
-    device = 0
-    sticky_status = 1
-
-    def __init__(self):
-        self.buffer = bytearray(_launch.ARGS_BYTES)
-        self.launched = []
-
-    def take_slot(self):
-        return self
-
-    def give_slot(self, slot):
-        pass
-
-    def launch(self, slot, stream, launches):
-        self.launched.append((bytes(self.buffer[: fused.ARGS.size]), launches))
-
-
-@pytest.fixture
-def recording(monkeypatch):
-    state = RecordingState()
-    monkeypatch.setattr(fused, "_is_cuda", lambda tensor: isinstance(tensor, torch.Tensor))
-    monkeypatch.setattr(fused, "_runs_cuda", lambda device: True)
-    monkeypatch.setattr(_launch, "device_state", lambda device, stem="draft_extend": state)
-    monkeypatch.setattr(_launch, "current_raw_stream", lambda device: 0)
-    monkeypatch.setattr(fused, "_remembered", {})
-    return state
+# ---- The same call again, without a GPU ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
-def test_a_known_call_is_not_checked_again_and_launches_the_same(op, recording, monkeypatch):
+def test_a_known_call_is_not_checked_again_and_launches_the_same(op, fake_device, monkeypatch):
     built = Built(BY_NAME[f"{op}_basic_ps64"])
-    built.run()
+    for _ in range(2):
+        built.run()
     monkeypatch.setattr(_check, "fused", None)  # would fail
-    built.run()
-    first, second = recording.launched
-    assert first == second
+    for _ in range(4):
+        built.run()
+    assert len(fake_device.launched) == 6
+    assert len(set(fake_device.launched)) == 1
+    assert fake_device.runtime.replays == 3, "captured when it was launched again"
     pages_only = Built(BY_NAME[f"{op}_basic_ps64_pages_only"])
     with pytest.raises(TypeError, match="NoneType"):
         pages_only.run()
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_smaller_numbers_of_a_known_call_are_not_checked_again(op, fake_device, monkeypatch):
+    item = BY_NAME[f"{op}_basic_ps64"]
+    built = Built(item)
+    for _ in range(2):
+        built.run()
+    smaller = {"bs": item.bs - 1}
+    if "extend" in op:
+        smaller = {"total_len": sum(item.extend[:-1]), "bs": item.bs - 1}
+    if op == "extend":
+        del smaller["bs"]
+    numbers = built.arguments | smaller
+    with monkeypatch.context() as patch:
+        patch.setattr(_check, "fused", None)
+        FUNCTIONS[op](**numbers)
+    quick = fake_device.launched[-1]
+    fused._calls.clear()
+    FUNCTIONS[op](**numbers)
+    assert fake_device.launched[-1] == quick
+    assert quick != fake_device.launched[0]
+
+
+def test_larger_numbers_of_a_known_call_are_checked(fake_device):
+    built = Built(BY_NAME["decode_basic_ps64"])
+    few = built.arguments | {"bs": 2}
+    for _ in range(3):
+        FUNCTIONS["decode"](**few)
+    with pytest.raises(ValueError, match=r"seq_lens: expected \[>= 9\] \(bs\), got \[4\]"):
+        FUNCTIONS["decode"](**few | {"bs": 9})
+    built.run()
+    for width in (10**6, -1):
+        with pytest.raises(ValueError, match="req_to_token|max_len"):
+            FUNCTIONS["decode"](**few | {"max_len": width})
+
+
+def test_another_backend_takes_known_calls(fake_device, monkeypatch):
+    item = BY_NAME["decode_basic_ps64"]
+    built = Built(item)
+    for _ in range(3):
+        built.run()
+    launched = len(fake_device.launched)
+    monkeypatch.setattr(fused, "_runs_cuda", lambda device: False)
+    monkeypatch.setenv("CUPY_NSA_META_BACKEND", "python")
+    built.poison()
+    built.run()
+    assert len(fake_device.launched) == launched
+    built.check(expected(item))
+
+
+def test_a_known_call_in_a_capture_is_recorded(fake_device):
+    built = Built(BY_NAME["decode_basic_ps64"])
+    fake_device.stream = 5
+    for _ in range(4):
+        built.run()
+    replays = fake_device.runtime.replays
+    fake_device.runtime.capturing[5] = recorded = []
+    built.run()
+    assert len(recorded) == 1
+    assert fake_device.runtime.replays == replays
+
+
+def test_no_tensor_of_a_known_call_is_kept_alive(fake_device):
+    built = Built(BY_NAME["verify_basic_ps64"])
+    for _ in range(4):
+        built.run()
+    alive = [weakref.ref(t) for t in built.arguments.values() if isinstance(t, torch.Tensor)]
+    del built
+    gc.collect()
+    assert {ref() for ref in alive} == {None}
+    assert fused._calls.entries
+
+
+def test_every_kernel_is_warmed_up(fake_device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(fused, "_WARM_DEVICE", "cpu")
+    fused.warm(0)
+    reached = {name for _, launches in fake_device.launched for name, _ in launches}
+    assert reached == set(_module.KERNELS["fused"])
 
 
 CHANGES = {
@@ -572,35 +633,39 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_call_is_packed_anew(name, recording):
+def test_a_changed_call_is_packed_anew(name, fake_device):
     built = Built(BY_NAME["decode_basic_ps64"])
-    built.run()
+    for _ in range(3):
+        built.run()
     built.arguments |= CHANGES[name](built.arguments)
     built.run()
-    after_a_known_call = recording.launched[-1]
-    assert after_a_known_call != recording.launched[0]
-    fused._remembered.clear()
+    after_a_known_call = fake_device.launched[-1]
+    assert after_a_known_call != fake_device.launched[0]
+    fused._calls.clear()
     built.run()
-    assert recording.launched[-1] == after_a_known_call
+    assert fake_device.launched[-1] == after_a_known_call
 
 
-def test_a_known_object_that_has_changed_is_checked_again(recording):
+def test_a_known_object_that_has_changed_is_checked_again(fake_device):
     built = Built(BY_NAME["decode_basic_ps64"])
-    built.run()
+    for _ in range(3):
+        built.run()
     built.arguments["cache_seqlens"].resize_(3)
     with pytest.raises(ValueError, match=r"cache_seqlens: expected \[>= 4\], got \[3\]"):
         built.run()
     built = Built(BY_NAME["decode_basic_ps64"])
-    built.run()
+    for _ in range(3):
+        built.run()
     for bad, error in ((4.0, TypeError), ([4], TypeError)):
         with pytest.raises(error, match="bs: expected an int"):
             FUNCTIONS["decode"](**built.arguments | {"bs": bad})
 
 
-def test_few_calls_are_remembered(recording, monkeypatch):
-    monkeypatch.setattr(fused, "MAX_REMEMBERED", 3)
+def test_few_calls_are_remembered(fake_device, monkeypatch):
+    monkeypatch.setattr(fused, "MAX_PACKED", 3)
     built = Built(BY_NAME["decode_basic_ps64"])
-    for width in range(20):
+    for width in (*range(20), *range(20)):
         FUNCTIONS["decode"](**built.arguments | {"max_len": width})
-        assert 1 <= len(fused._remembered) <= 3
-    assert len(recording.launched) == 20
+    (known,) = fused._calls.entries.values()
+    assert 1 <= len(known.packed) <= 3
+    assert len(fake_device.launched) == 40

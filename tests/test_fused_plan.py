@@ -12,9 +12,9 @@ from cases import POISON
 from cupy_nsa_meta import fused, fused_plan
 from fused_cases import BY_NAME, CASES, FUNCTIONS, Built, case, expected, lengths, random_cases
 from fused_plans import PLANS, batch_of, plan_arguments, plan_of
-from test_fused import MESSAGES, recording  # noqa: F401 (a fixture)
+from test_fused import MESSAGES
 
-STATUS_AT = fused_plan._STATUS_AT
+STATUS_AT = fused.STATUS_AT
 
 
 @pytest.mark.parametrize("item", CASES, ids=lambda item: item.name)
@@ -232,13 +232,13 @@ def without_status(args):
 
 
 @pytest.mark.parametrize("item", CASES, ids=lambda item: item.name)
-def test_a_launch_packs_what_the_function_packs(item, recording):  # noqa: F811
+def test_a_launch_packs_what_the_function_packs(item, fake_device):
     built = Built(item)
     built.run()
     plan = plan_of(built)
     plan.launch(**batch_of(built))
     plan.launch(**batch_of(built))  # from what was kept
-    (direct, direct_grid), (first, grid), (second, _) = recording.launched
+    (direct, direct_grid), (first, grid), (second, _) = fake_device.launched
     assert grid == direct_grid
     assert without_status(first) == without_status(direct)
     assert first == second
@@ -246,14 +246,14 @@ def test_a_launch_packs_what_the_function_packs(item, recording):  # noqa: F811
 
 
 @pytest.mark.parametrize("op", PLANS)
-def test_smaller_batches_pack_what_the_function_packs(op, recording):  # noqa: F811
+def test_smaller_batches_pack_what_the_function_packs(op, fake_device):
     whole, sizes = sub_batches(op)
     built = Built(whole)
     plan = plan_of(built)
     for bs in sizes:
         if bs == 0:
             continue  # the function leaves out pointers that nothing reads
-        recording.launched.clear()
+        fake_device.launched.clear()
         arguments = dict(built.arguments) | {"bs": bs}
         numbers = {"bs": bs}
         if "extend" in op:
@@ -265,49 +265,49 @@ def test_smaller_batches_pack_what_the_function_packs(op, recording):  # noqa: F
                 arguments[name] = arguments[name][:bs]
         FUNCTIONS[op](**arguments)
         plan.launch(**numbers)
-        (direct, direct_grid), (ours, grid) = recording.launched
+        (direct, direct_grid), (ours, grid) = fake_device.launched
         assert grid == direct_grid
         assert without_status(ours) == without_status(direct)
 
 
-def test_large_batches_bring_their_scratch(recording):  # noqa: F811
+def test_large_batches_bring_their_scratch(fake_device):
     bs = fused.ONE_LAUNCH_MAX_BS + 1
     item = case("decode", "large", "", [1] * bs, tables=(), pool_rows=1)
     built = Built(item)
     plan = plan_of(built)
     plan.launch()
     plan.launch(100)
-    (large, in_order), (small, one) = recording.launched
+    (large, in_order), (small, one) = fake_device.launched
     assert [name for name, _ in in_order] == ["fused_tiles", "fused"]
     assert [name for name, _ in one] == ["fused_direct"]
-    at = fused_plan._TILE_SUMS_AT
+    at = fused._TILE_SUMS_AT
     assert int.from_bytes(large[at : at + 8], "little") == plan._scratch.data_ptr()
     assert plan._scratch.numel() == fused.NUM_TILE_SUMS * 65
     assert int.from_bytes(small[at : at + 8], "little") == 0
 
 
-def test_rows_from_the_device_are_a_flag(recording):  # noqa: F811
+def test_rows_from_the_device_are_a_flag(fake_device):
     built = Built(BY_NAME["draft_extend_basic_ps64"])
     plan = plan_of(built)
     plan.launch(total_len=11)
     plan.launch()
-    flags = [int.from_bytes(args[-4:], "little") for args, _ in recording.launched]
+    flags = [int.from_bytes(args[-4:], "little") for args, _ in fake_device.launched]
     assert flags[1] == flags[0] | fused.TOTAL_IS_CAPACITY
     assert flags[1] != flags[0]
-    assert recording.launched[0][0][:-4] == recording.launched[1][0][:-4]
+    assert fake_device.launched[0][0][:-4] == fake_device.launched[1][0][:-4]
 
 
-def test_a_launch_reads_no_tensor(recording, monkeypatch):  # noqa: F811
+def test_a_launch_reads_no_tensor(fake_device, monkeypatch):
     plans = [plan_of(Built(BY_NAME[f"{op}_basic_ps64"])) for op in PLANS]
     for name in ("data_ptr", "size", "stride", "numel", "dim"):
         monkeypatch.setattr(torch.Tensor, name, None, raising=False)
     for plan in plans:
         for bs in (4, 3, 4):
             plan.launch(bs)
-    assert len(recording.launched) == 12
+    assert len(fake_device.launched) == 12
 
 
-def test_few_sizes_are_kept(recording, monkeypatch):  # noqa: F811
+def test_few_sizes_are_kept(fake_device, monkeypatch):
     monkeypatch.setattr(fused_plan, "MAX_REMEMBERED", 2)
     plan = plan_of(Built(BY_NAME["decode_basic_ps64"]))
     for bs in (1, 2, 3, 4, 1):

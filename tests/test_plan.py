@@ -90,8 +90,7 @@ def test_an_error_does_not_stay(device):
     outputs.poison()
     with pytest.raises(ValueError, match=r"extend_seq_lens\[0\]: expected >= 0, got -3"):
         plan.run()
-    assert plan._entered.acquire(False)
-    plan._entered.release()
+    assert len(plan._tokens) == 1, "the plan is free again"
     extend[0] = 3
     assert plan.run() == 5
     outputs.check(item.expected())
@@ -100,10 +99,11 @@ def test_an_error_does_not_stay(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_second_thread_in_a_running_plan_is_refused(device):
     plan, *_ = make_plan(BY_NAME["contract"], device)
-    with plan._entered:  # as a thread that is inside
-        for method in (plan.run, plan.launch):
-            with pytest.raises(RuntimeError, match="one plan per thread and stream"):
-                method()
+    token = plan._tokens.pop()  # as a thread that is inside
+    for method in (plan.run, plan.launch):
+        with pytest.raises(RuntimeError, match="one plan per thread and stream"):
+            method()
+    plan._tokens.append(token)
     assert plan.run() == 5
 
 
@@ -245,7 +245,8 @@ def test_epochs_wrap():
 
 @pytest.fixture
 def fresh_cache(monkeypatch):
-    monkeypatch.setattr(_graphs, "_thread", _graphs._Thread())
+    monkeypatch.setattr(_graphs, "thread", _graphs._Thread())
+    monkeypatch.setattr(draft_extend, "thread", _graphs.thread)
     return _graphs
 
 
@@ -403,38 +404,58 @@ def test_warmup_reaches_every_kernel():
     assert reached == set(_module.KERNELS["draft_extend"])
 
 
+def captured():
+    return SimpleNamespace(last_used=0)
+
+
 def test_the_policy_of_the_cache():
-    cache = _graphs._Cache()
-    assert not cache.should_capture("a")
-    assert cache.should_capture("a")
+    cache = _graphs.Cache()
+    assert cache.lookup("a", captured) is None
+    first = cache.lookup("a", captured)
+    assert cache.lookup("a", None) is first
+    assert (cache.hits, cache.misses, cache.captures) == (1, 2, 1)
     for number in range(_graphs.MAX_GRAPHS + 1):
-        assert not cache.should_capture(number)
-    assert not cache.should_capture(0), "forgotten: more keys came than are remembered"
+        assert cache.lookup(number, captured) is None
+    assert cache.lookup(0, captured) is None, "forgotten: more keys came than are remembered"
     cache.captures = _graphs.FREE_CAPTURES
-    assert not cache.should_capture(5), "earlier captures have not been paid back"
+    assert cache.lookup(5, captured) is None, "earlier captures have not been paid back"
     cache.hits = _graphs.HITS_PER_CAPTURE
-    assert cache.should_capture(5)
-    for number in range(_graphs.MAX_GRAPHS + 1):
-        cache.hits += number == 3
-        cache.insert(number, SimpleNamespace(last_used=0))
-        if number == 2:
-            cache.graphs[0].last_used = 10**9  # used most recently
-    assert 0 in cache.graphs
-    assert 1 not in cache.graphs
+    assert cache.lookup(5, captured) is not None
+    cache.hits = 10**6
+    for number in range(100, 100 + _graphs.MAX_GRAPHS + 1):
+        cache.lookup(number, captured)
+        assert cache.lookup(number, captured) is not None
+        assert cache.lookup(5, captured) is not None  # used most recently, kept
     assert len(cache.graphs) == _graphs.MAX_GRAPHS
+    kept = {key for key, _ in cache.graphs.values()}
+    assert 5 in kept
+    assert not {"a", 100} & kept
 
 
-def test_a_capture_that_fails_is_raised_and_not_kept(monkeypatch):
-    monkeypatch.setattr(_graphs, "_thread", _graphs._Thread())
+def test_keys_with_the_same_hash_are_told_apart():
+    class Key(str):
+        def __hash__(self):
+            return 1
+
+    cache = _graphs.Cache()
+    a, b = Key("a"), Key("b")
+    assert cache.lookup(a, captured) is None
+    of_a = cache.lookup(a, captured)
+    assert cache.lookup(b, captured) is not of_a
+    assert cache.lookup(a, captured) in (of_a, None)
+
+
+def test_a_capture_that_fails_is_raised_and_not_kept():
+    cache = _graphs.Cache()
 
     def fail():
         raise RuntimeError("out of memory")
 
-    assert _graphs.lookup("key", fail) is None
+    assert cache.lookup("key", fail) is None
     with pytest.raises(RuntimeError, match="out of memory"):
-        _graphs.lookup("key", fail)
-    assert _graphs.lookup("key", fail) is None
-    assert _graphs.cache_info()["captures"] == 0
+        cache.lookup("key", fail)
+    assert cache.lookup("key", fail) is None
+    assert cache.captures == 0
 
 
 def test_the_plan_is_public():

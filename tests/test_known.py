@@ -1,0 +1,297 @@
+"""Calls on tensors that were met before: what is reused, and what must be looked at again."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+
+import cupy_nsa_meta
+from cases import BY_NAME, CASES, Outputs, case
+from cupy_nsa_meta import _check, _graphs, _known, draft_extend, plan_draft_extend_metadata
+from cupy_nsa_meta._status import FATAL
+from fake_device import FakeState
+
+fill = cupy_nsa_meta.fill_draft_extend_metadata_cuda
+fill_async = cupy_nsa_meta.fill_draft_extend_metadata_async
+SMALL = [item for item in CASES if item.bs and item.bs <= draft_extend.ONE_LAUNCH_MAX_BS]
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Fails where a call is checked attribute by attribute."""
+    return lambda: monkeypatch.setattr(_check, "draft_extend", None)
+
+
+def tensors_of(item):
+    outputs = Outputs(item, "cpu")
+    extend, seq = item.lengths("cpu")
+    return (extend, seq, item.topk, outputs.expanded, outputs.clamped), outputs
+
+
+@pytest.mark.parametrize("item", SMALL, ids=lambda item: item.name)
+def test_every_case_again_and_again(item, fake_device: FakeState):
+    arguments, outputs = tensors_of(item)
+    expected = item.expected()
+    for _ in range(6):
+        outputs.poison()
+        if item.total_tokens is not None:
+            assert fill(*arguments, total_tokens=item.total_tokens) == item.total_tokens
+        elif expected.status in FATAL:
+            with pytest.raises(ValueError, match="extend_seq_lens|seq_lens"):
+                fill(*arguments)
+        else:
+            assert fill(*arguments) == expected.total
+        outputs.check(expected)
+    out_total = torch.zeros(2, dtype=torch.int32)
+    for _ in range(6):
+        outputs.poison()
+        out_total.fill_(-7)
+        assert (
+            fill_async(*arguments, total_tokens=item.total_tokens, out_total=out_total) is out_total
+        )
+        assert out_total.tolist() == [expected.total, expected.status]
+        outputs.check(expected)
+
+
+def test_a_known_call_is_replayed_without_a_check(fake_device, unchecked):
+    item = BY_NAME["bs_33"]
+    other = case("other", "other lengths", item.extend[::-1].copy(), item.seq + 5)
+    arguments, outputs = tensors_of(item)
+    for _ in range(4):
+        assert fill(*arguments) == item.total
+    replays = fake_device.runtime.replays
+    unchecked()
+    for batch in (other, item):
+        arguments[0].copy_(torch.from_numpy(batch.extend))
+        arguments[1].copy_(torch.from_numpy(batch.seq))
+        outputs.poison()
+        assert fill(*arguments) == batch.total
+        outputs.check(batch.expected())
+    assert fake_device.runtime.replays == replays + 2
+    assert _graphs.cache_info()["hits"] >= 4
+
+
+def test_any_total_of_known_tensors_needs_no_check(fake_device, unchecked):
+    item = BY_NAME["bs_33"]
+    arguments, outputs = tensors_of(item)
+    for _ in range(2):
+        fill(*arguments, total_tokens=item.total)
+    unchecked()
+    for total in (item.total, 0, 1, item.total - 3, item.total):
+        outputs.poison()
+        assert fill(*arguments, total_tokens=total) == total
+        outputs.check(dataclasses.replace(item, total_tokens=total).expected())
+    assert fake_device.runtime.replays == 0, "a number that varies costs no capture"
+
+
+@pytest.mark.parametrize("total", [-1, 10**6, 2.0, True, "3", None])
+def test_a_bad_total_of_known_tensors(total, fake_device):
+    arguments, outputs = tensors_of(BY_NAME["contract"])
+    for _ in range(3):
+        fill(*arguments, total_tokens=5)
+    outputs.poison()
+    launched = len(fake_device.launched)
+    if total is None:
+        assert fill(*arguments) == 5
+        return
+    with pytest.raises((TypeError, ValueError), match="total_tokens: expected"):
+        fill(*arguments, total_tokens=total)
+    assert len(fake_device.launched) == launched
+
+
+CHANGES = {
+    "resized": lambda t: t[3].resize_(3),
+    "moved": lambda t: t[3].set_(torch.full((12,), -1, dtype=torch.int32)),
+    "strided": lambda t: t[0].set_(torch.tensor([3, 9, 2, 9], dtype=t[0].dtype)[::2]),
+    "dtype": lambda t: setattr(t[1], "data", t[1].to(torch.int32)),
+    "float": lambda t: setattr(t[1], "data", t[1].float()),
+    "two_dimensional": lambda t: setattr(t[4], "data", t[4].reshape(1, -1)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_known_object_that_has_changed_is_looked_at_again(name, fake_device):
+    def build():
+        return (
+            torch.tensor([3, 2], dtype=torch.int32), torch.tensor([10, 4]), 9,
+            torch.full((12,), -1, dtype=torch.int32), torch.full((12,), -1, dtype=torch.int32),
+        )  # fmt: skip
+
+    def outcome(arguments):
+        try:
+            total = fill(*arguments)
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+        return total, arguments[3].tolist(), arguments[4].tolist()
+
+    known, new = build(), build()
+    for _ in range(5):
+        assert fill(*known) == 5
+    known[3].fill_(-1)
+    known[4].fill_(-1)
+    CHANGES[name](known)
+    CHANGES[name](new)
+    wanted = outcome(new)
+    assert outcome(known) == wanted
+    assert outcome(known) == wanted
+
+
+def test_streams_have_launches_of_their_own(fake_device):
+    arguments, _ = tensors_of(BY_NAME["bs_33"])
+    for stream in (11, 12, 11, 12, 11, 12, 11, 12):
+        fake_device.stream = stream
+        assert fill(*arguments) == BY_NAME["bs_33"].total
+    assert _graphs.cache_info()["captures"] == 2
+    assert fake_device.runtime.replays == 6
+
+
+def test_known_calls_during_a_capture(fake_device):
+    item = BY_NAME["contract"]
+    arguments, _ = tensors_of(item)
+    out_total = torch.zeros(2, dtype=torch.int32)
+    fake_device.stream = 5
+    for _ in range(4):
+        fill(*arguments)
+        fill(*arguments, total_tokens=5)
+        fill_async(*arguments, out_total=out_total)
+    replays = fake_device.runtime.replays
+    fake_device.runtime.capturing[5] = recorded = []
+    with pytest.raises(RuntimeError, match="total_tokens="):
+        fill(*arguments)
+    fill(*arguments, total_tokens=5)
+    fill_async(*arguments, out_total=out_total)
+    assert len(recorded) == 2, "the plain kernels are recorded"
+    assert fake_device.runtime.replays == replays
+
+
+def test_the_cache_can_be_switched_off_for_known_calls(fake_device, monkeypatch):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for _ in range(4):
+        fill(*arguments)
+    replays = fake_device.runtime.replays
+    monkeypatch.setenv("CUPY_NSA_META_GRAPH_CACHE", "0")
+    assert fill(*arguments) == 5
+    assert fake_device.runtime.replays == replays
+
+
+def test_debug_sync_reads_the_status_of_known_calls(fake_device, monkeypatch):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    out_total = torch.zeros(2, dtype=torch.int32)
+    for _ in range(4):
+        fill(*arguments, total_tokens=5)
+        fill_async(*arguments, out_total=out_total)
+        fill_async(*arguments, total_tokens=5, out_total=out_total)
+    monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
+    arguments[0][1] = -4
+    for call in (
+        lambda: fill(*arguments, total_tokens=5),
+        lambda: fill_async(*arguments, out_total=out_total),
+        lambda: fill_async(*arguments, total_tokens=5, out_total=out_total),
+    ):
+        with pytest.raises(ValueError, match=r"extend_seq_lens\[1\]: expected >= 0, got -4"):
+            call()
+
+
+def test_a_captured_launch_that_fails_is_not_used_again(fake_device):
+    arguments, outputs = tensors_of(BY_NAME["contract"])
+    for _ in range(4):
+        fill(*arguments)
+    size = _graphs.cache_info()["size"]
+    fake_device.answers = False
+    with pytest.raises(RuntimeError, match="result did not arrive"):
+        fill(*arguments)
+    fake_device.answers = True
+    gc.collect()
+    assert _graphs.cache_info()["size"] == size - 1
+    assert len(fake_device._retired) == 1, "its slot waits for the late word"
+    for _ in range(4):
+        outputs.poison()
+        assert fill(*arguments) == 5
+        outputs.check(BY_NAME["contract"].expected())
+
+
+def test_no_tensor_is_kept_alive(fake_device):
+    arguments, outputs = tensors_of(BY_NAME["contract"])
+    out_total = torch.zeros(2, dtype=torch.int32)
+    for _ in range(4):
+        fill(*arguments)
+        fill(*arguments, total_tokens=5)
+        fill_async(*arguments, out_total=out_total)
+    alive = [weakref.ref(t) for t in (*arguments, out_total) if isinstance(t, torch.Tensor)]
+    del arguments, outputs, out_total
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 5
+
+
+def test_slots_of_captured_launches_come_back(fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for topk in (1, 2, 3) * 5:
+        fill(*arguments[:2], topk, *arguments[3:])
+    _graphs.thread.cache.graphs.clear()
+    gc.collect()
+    assert len(fake_device._free) == fake_device.slots_made
+    assert not fake_device.runtime.graphs
+
+
+def test_without_the_guards_of_torch(fake_device, monkeypatch):
+    monkeypatch.setattr(_known, "_TensorGuards", None)
+    item = BY_NAME["bs_33"]
+    arguments, outputs = tensors_of(item)
+    for _ in range(4):
+        outputs.poison()
+        assert fill(*arguments) == item.total
+        outputs.check(item.expected())
+    assert not _graphs.thread.known.entries
+
+
+def test_plans_on_a_fake_device(fake_device):
+    for item in SMALL:
+        if item.total_tokens is not None:
+            continue
+        arguments, outputs = tensors_of(item)
+        plan = plan_draft_extend_metadata(*arguments)
+        expected = item.expected()
+        for _ in range(3):
+            outputs.poison()
+            if expected.status in FATAL:
+                with pytest.raises(ValueError, match="extend_seq_lens|seq_lens"):
+                    plan.run()
+            else:
+                assert plan.run() == expected.total
+            outputs.check(expected)
+            plan.launch()
+            assert plan.status() == expected.status
+        assert len(plan._tokens) == 1
+
+
+# ---- Guards -------------------------------------------------------------------------------------
+
+
+def test_what_a_guard_tells_apart():
+    a, b = torch.zeros(4, dtype=torch.int32), torch.zeros((2, 3), dtype=torch.int64)
+    same = _known.guard((a, b))
+    assert same(a, b)
+    assert same(torch.ones(4, dtype=torch.int32), torch.ones((2, 3), dtype=torch.int64))
+    for other in (a[:3], a.long(), torch.zeros(8, dtype=torch.int32)[::2], a.reshape(2, 2), None, 4,
+                  a.to("meta"), torch.nn.Parameter(a, requires_grad=False)):  # fmt: skip
+        assert not same(other, b)
+    assert not same(a, b.t())
+    any_size = _known.guard((a, b), any_size=True)
+    assert any_size(a[:2], torch.zeros((5, 3), dtype=torch.int64))
+    assert not any_size(torch.zeros(8, dtype=torch.int32)[::2], b)
+    assert _known.guard((a, a)) is None, "the same object twice is not compared"
+
+
+def test_known_calls_are_bounded():
+    calls = _known.KnownCalls(3)
+    for number in range(20):
+        assert not calls.is_due(number)
+        assert calls.is_due(number)
+        calls.keep(number, str(number))
+        assert 1 <= len(calls.entries) <= 3
+        assert calls.find(number) == str(number)
+    assert len(calls._met) <= 3
