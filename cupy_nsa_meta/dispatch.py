@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _env, _launch, _module, draft_extend
+from . import _env, _launch, _module
 from .draft_extend import (
     BLOCK_THREADS,
     LINEAR_SEARCH_MAX_BS,
@@ -230,7 +230,5 @@ def warmup(device: int | torch.device | str | None = None) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("cupy_nsa_meta.warmup: not allowed while a CUDA graph is being captured")
-    from . import fused  # which chooses its backend with this module
-
-    draft_extend.warm(index)
-    fused.warm(index)
+    for stem in _module.KERNELS:  # the Python twin of each source file; fused imports this module
+        importlib.import_module(f".{stem}", __package__).warm(index)

@@ -237,12 +237,14 @@ def check_nvrtc() -> Iterable[Finding]:
     text = f"NVRTC {version}, {known[0]} to {known[-1]}"
     if needed:
         wanted = _module.architecture(torch.cuda.current_device())
-        text += f", {wanted} {'included' if wanted in known else 'NOT included'}"
         if wanted not in known:
             yield Finding(
-                "nvrtc", "fail", text, "the GPU needs another NVRTC: take the other CUDA extra"
-            )
+                "nvrtc", "note", f"{text}; {wanted} of the GPU is not among them",
+                "where the cuda backend cannot run because of it: the CUDA extra that fits torch, "
+                "in its newest version",
+            )  # fmt: skip
             return
+        text += f", {wanted} of the GPU among them"
     yield Finding("nvrtc", "ok", text)
 
 

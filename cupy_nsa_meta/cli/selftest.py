@@ -112,6 +112,15 @@ def report(rows: Sequence[Row], seconds: float) -> str:
 
 def examine(device: torch.device) -> list[Row]:
     """All rows for tensors on a device."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the batches are small: threads would wait for each other
+    try:
+        return _examine(device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _examine(device: torch.device) -> list[Row]:
     rows = [_row("reference.draft_extend", "torch", check_reference, BATCHES)]
     rows += _seed_rows(device)
     for place in dict.fromkeys((device, CPU)):
