@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from ._known import Guard, guard
+from ._known import Guard, guard, is_like
 from ._status import INT32_MAX
 
 _Tensor = torch.Tensor
@@ -68,7 +68,7 @@ def draft_extend(
     """
     tensors = (extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens)
     layout = _last_layout
-    if not layout.guard(*tensors):
+    if not is_like(layout.guard, tensors):
         tensors = _draft_extend_tensors(*tensors)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
         layout = _keep_layout(tensors)
@@ -163,7 +163,7 @@ def _keep_layout(tensors: DraftExtendTensors) -> _Layout:
     extend, seq, *_ = tensors
     key = (extend.dtype, seq.dtype, extend.get_device(), extend.stride(), seq.stride())
     layout = _layouts.get(key)
-    if layout is not None and layout.guard(*tensors):
+    if layout is not None and is_like(layout.guard, tensors):
         _last_layout = layout
         return layout
     layout_guard = guard(tensors, any_size=True)

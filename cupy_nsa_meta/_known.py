@@ -4,14 +4,14 @@ A call lasts a few microseconds, and each attribute of a tensor (dtype, device, 
 address) costs 0.1 of one. torch has a function that compares all but the addresses of several
 tensors at once, for the guards of compiled code; together with the addresses it tells whether the
 check, the argument struct or the captured launch of an earlier call is right for this one. No
-tensor is kept alive: a guard holds numbers, and an object or an address that was freed and is used
-again passes only if everything that was checked is the same again.
+tensor is kept alive: a guard holds numbers.
 
 Where torch has no such function every call is checked attribute by attribute.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -33,7 +33,8 @@ _ANY = None  # a size that the guard does not look at
 def guard(tensors: Sequence[torch.Tensor], any_size: bool = False) -> Guard | None:
     """A guard over type, dtype, device, dimensions, sizes (unless ``any_size``) and strides.
 
-    None where there can be none: for the same object twice, or without torch's function.
+    None where there can be none: for the same object twice, or without torch's function, which
+    ends the process where it meets a nested tensor (torch 2.11 to 2.13): see ``is_like``.
     """
     if _TensorGuards is None:
         return None
@@ -48,42 +49,64 @@ def guard(tensors: Sequence[torch.Tensor], any_size: bool = False) -> Guard | No
         return None
 
 
+def is_like(guard: Guard, tensors: Sequence[Any]) -> bool:
+    """Whether any objects pass a guard, which must not be shown a nested tensor."""
+    try:
+        return not any(map(_is_nested, tensors)) and guard(*tensors)
+    except TypeError:  # no tensor
+        return False
+
+
+_is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
+
 Value = TypeVar("Value")
 
 
 class KnownCalls(Generic[Value]):
-    """What is kept for calls on known tensors, by the objects of a call and whatever else it is.
+    """What is kept for calls on known tensors, by the ids of the objects and what else a call is.
 
-    An object's id is only a hint where to look. An entry is made when its key is met the second
-    time: most callers either use the same tensors all the time or new ones all the time. When it is
-    full it starts anew: a server makes few kinds of calls.
+    An entry ends with the first of its tensors, so an id that is found is that of the very object,
+    whose sizes, address and so on are for the guard to compare. It is made when its key is met the
+    second time, then the eighth and so on: most callers either use the same tensors all the time or
+    new ones all the time, and new ones may get old ids. A full collection starts anew: a server
+    makes few kinds of calls.
     """
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
         self.entries: dict[Hashable, Value] = {}
         self.find = self.entries.get
-        self._met: set[int] = set()
+        self._alive: dict[Hashable, list[weakref.ref[torch.Tensor]]] = {}
+        self._met: dict[int, int] = {}
 
     def is_due(self, key: Hashable) -> bool:
-        """Note a key without a valid entry; whether to make one now."""
+        """Count a meeting with a key that has no valid entry; whether to make one now."""
         number = hash(key)
-        if number in self._met:
-            self._met.discard(number)
-            return True
+        times = self._met.pop(number, 0) + 1
         if len(self._met) >= self.max_size:
             self._met.clear()
-        self._met.add(number)
-        return False
+        self._met[number] = times
+        return times in _DUE
 
-    def keep(self, key: Hashable, value: Value) -> None:
+    def keep(self, key: Hashable, value: Value, tensors: Sequence[torch.Tensor]) -> None:
         if len(self.entries) >= self.max_size:
-            self.entries.clear()
-        self.entries[key] = value
+            self.clear()
+        entries, alive = self.entries, self._alive
+
+        def forget(_: weakref.ref[torch.Tensor]) -> None:
+            entries.pop(key, None)
+            alive.pop(key, None)
+
+        alive[key] = [weakref.ref(tensor, forget) for tensor in tensors]
+        entries[key] = value
 
     def clear(self) -> None:
         self.entries.clear()
+        self._alive.clear()
         self._met.clear()
+
+
+_DUE = frozenset(2 * 4**k for k in range(12))
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:

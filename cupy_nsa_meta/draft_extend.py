@@ -290,7 +290,7 @@ def know(
         return None
     room = min(tensors[2].numel(), tensors[3].numel(), INT32_MAX)
     known = KnownCall(guard, addresses, state, KnownArguments(key, room, out_total))
-    calls.keep(known_key, known)
+    calls.keep(known_key, known, tensors)
     return known
 
 

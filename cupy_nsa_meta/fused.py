@@ -418,7 +418,7 @@ def _keep(call: FusedCall, state: _launch.DeviceState, met: _Met) -> None:
             return
         pick = itemgetter(*places.values())
         known = _KnownCall(pick, guard, _known.addresses(present), state, call)
-        _calls.keep(met.key, known)
+        _calls.keep(met.key, known, present)
     if known is not None:
         known.keep(met.scalars, known.template.pack(call))
 

@@ -286,12 +286,35 @@ def test_what_a_guard_tells_apart():
     assert _known.guard((a, a)) is None, "the same object twice is not compared"
 
 
+def test_a_nested_tensor_is_not_shown_to_a_guard():
+    a = torch.zeros(4, dtype=torch.int32)
+    same = _known.guard((a,), any_size=True)
+    nested = torch.nested.nested_tensor([torch.zeros(3, dtype=torch.int32)])
+    assert _known.is_like(same, (a,))
+    assert not _known.is_like(same, (nested,)), "it would end the process"
+    assert not _known.is_like(same, (None,))
+    assert not _known.is_like(same, (a.to_sparse(),))
+
+
 def test_known_calls_are_bounded():
     calls = _known.KnownCalls(3)
+    tensor = torch.zeros(1)
     for number in range(20):
-        assert not calls.is_due(number)
-        assert calls.is_due(number)
-        calls.keep(number, str(number))
+        due = [calls.is_due(number) for _ in range(9)]
+        assert due == [False, True, False, False, False, False, False, True, False]
+        calls.keep(number, str(number), [tensor])
         assert 1 <= len(calls.entries) <= 3
         assert calls.find(number) == str(number)
     assert len(calls._met) <= 3
+    assert calls.entries.keys() == calls._alive.keys()
+
+
+def test_an_entry_ends_with_its_first_tensor():
+    calls = _known.KnownCalls(3)
+    first, second = torch.zeros(1), torch.zeros(1)
+    calls.keep("key", "value", [first, second])
+    assert calls.find("key") == "value"
+    del second
+    gc.collect()
+    assert calls.find("key") is None
+    assert not calls._alive
