@@ -264,7 +264,8 @@ class FusedJob:
 def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
     """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
     call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
-    args, launches = fused.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
+    packed = fused.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
+    args, launches = packed.arguments, packed.launches
     pointers: list[tuple[int, int, int]] = []
     tensors: list[torch.Tensor] = []
     for position, tensor in enumerate((*call[:FUSED_INPUTS], *call.outputs)):
