@@ -53,6 +53,12 @@ VARIABLES = (
         "where CuPy keeps compiled kernels; read when CuPy is imported",
     ),
     Variable(
+        "CUPY_CACHE_IN_MEMORY",
+        "package",
+        "`0` (default), `1`",
+        "1: CuPy keeps compiled kernels in memory only, so that every process compiles",
+    ),
+    Variable(
         "TRITON_INTERPRET",
         "package",
         "`0` (default), `1`",
