@@ -21,7 +21,7 @@ EXTEND = (3, 2, 3)
 SEQ = (10, 4, 1)  # the last request is a padding row of a CUDA graph
 TOPK = 9
 MAX_ROWS = 200  # a drawing, not a benchmark
-NUMBERS_WIDTH = 44  # of the columns beside the bars
+NUMBERS_WIDTH = 55  # of the columns beside the bars
 NARROWEST = 10  # cells of a bar
 SHADES = {"kept": "█", "cut": "▒", "unseen": "·"}
 PLAIN_SHADES = {"kept": "#", "cut": "+", "unseen": "."}
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         drawn = compute(args.extend, args.seq, args.topk)
-    except (TypeError, ValueError, RuntimeError) as error:  # what the package says of bad lengths
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # of bad lengths
         print(f"cupy_nsa_meta demo: error: {error}", file=sys.stderr)
         return BAD_OPTIONS
     if args.picture is not None:
@@ -127,9 +127,8 @@ def compute(extend: list[int], seq: list[int], topk: int) -> Drawn:
     if total > MAX_ROWS:
         raise ValueError(f"--extend: expected at most {MAX_ROWS} rows to draw, got {total}")
     outs = torch.zeros((2, max(total, 0)), dtype=torch.int32)
-    total = cupy_nsa_meta.fill_draft_extend_metadata(
-        torch.tensor(extend), torch.tensor(seq), topk, outs[0], outs[1]
-    )
+    lengths = [torch.tensor(values, dtype=torch.int64) for values in (extend, seq)]
+    total = cupy_nsa_meta.fill_draft_extend_metadata(lengths[0], lengths[1], topk, outs[0], outs[1])
     expanded, clamped = outs.tolist()
     return Drawn(extend, seq, topk, expanded, clamped)
 
@@ -159,8 +158,8 @@ def text(drawn: Drawn, width: int | None = None) -> str:
         clamps = [
             note
             for note, holds in (
-                ("clamped at 0", _raw(drawn, row, request) < 0),
-                (f"clamped to top-k {drawn.topk}", drawn.clamped[row] < drawn.expanded[row]),
+                ("0", _raw(drawn, row, request) < 0),
+                ("top-k", drawn.clamped[row] < drawn.expanded[row]),
             )
             if holds
         ]
@@ -169,6 +168,7 @@ def text(drawn: Drawn, width: int | None = None) -> str:
     lines += _skipped(drawn, last, len(drawn.extend), paint)
     lines.append("")
     lines += [f"{paint(shades[part], COLOURS[part])} {MEANINGS[part]}" for part in shades]
+    lines.append(f"<- 0, <- top-k: clamped there; top-k is {drawn.topk}")
     if per_cell > 1:
         lines.append(f"one character is up to {per_cell} tokens")
     return "\n".join(lines)
