@@ -583,6 +583,11 @@ def test_the_selftest_as_json(few_batches, capsys):
         assert set(row) == {"function", "backend", "state", "num_batches", "ms", "detail"}
 
 
+def test_the_selftest_in_debug_mode(few_batches):
+    few_batches.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
+    assert [row for row in selftest.examine(CPU) if row.state == "WRONG"] == []
+
+
 def test_a_gpu_that_the_cuda_backend_cannot_use_is_a_failure(monkeypatch):
     monkeypatch.setattr(dispatch, "cuda_unavailable_reason", lambda device=None: "no CuPy")
     row = next(iter(selftest._seed_rows(torch.device("cuda", 0))))
