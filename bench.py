@@ -9,8 +9,9 @@
 
 With --suite it measures every provider that can run here, each checked against the reference first:
 ours, what a user would pick instead, the recipes it replaces, and the floor of a C++ program, which
-nvcc builds where it exists (benchmarks/suites/, benchmarks/providers.py).
-
+nvcc builds where it exists (benchmarks/suites/, benchmarks/providers.py). The suite fused compares
+SGLang's kernels where SGLang is installed, or CUPY_NSA_META_SGLANG_SOURCE names a folder with an
+unpacked sglang/.
 
 A trace is a CSV file with the columns TIMESTAMP, ContextTokens, GeneratedTokens. A simulation of
 continuous batching with chunked prefill and speculative decoding turns it into draft-extend batches
@@ -46,10 +47,10 @@ DEFAULT_STEPS = 300  # of a synthetic workload
 QUICK_STEPS = 100
 DEFAULT_REQUESTS = 2000
 BACKENDS = ("cuda", "triton", "python", "reference", "all")
-PROVIDERS = (  # benchmarks/providers.py, which imports torch
+PROVIDERS = (  # benchmarks/providers.py and fused_providers.py, which import torch
     *("cuda-plan", "cuda", "cuda-fresh", "cuda-uncached", "cuda-total-tokens", "cuda-async"),
     *("triton", "python", "torch", "torch-compile", "aot-extension", "sglang"),
-    *("seed-triton", "seed-cuda", "fill", "empty-node", "floor"),
+    *("seed-triton", "seed-cuda", "loop", "copy", "fill", "empty-node", "floor"),
 )
 PATH_OPTIONS = ("--trace", "--json", "--plot")
 

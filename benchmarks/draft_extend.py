@@ -11,6 +11,8 @@ import torch
 
 from cupy_nsa_meta import reference
 
+from . import measure
+
 INT32_MAX = 2**31 - 1
 SENTINEL = -559038737  # 0xdeadbeef; no length is negative
 REFERENCE_MAX_ROWS = 1 << 20  # above, rows are checked in chunks by the same arithmetic
@@ -48,6 +50,7 @@ class DraftExtendCase:
             "capacity": self.capacity,
             **(labels or {}),
         }
+        self.name = measure.describe(self.labels)
         self._totals = totals
         self._extends = list(torch.from_numpy(extends.astype(np.int32)).to(device).unbind())
         self._seqs = list(torch.from_numpy(seqs.astype(np.int64)).to(device).unbind())

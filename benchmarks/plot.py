@@ -1,11 +1,16 @@
-"""Pictures of a stored run: speed-up bars with the floor, growth curves. Needs matplotlib."""
+"""Pictures of a stored run: speed-up bars with the floor, growth curves, the fused family.
+
+Needs matplotlib.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import BenchError
+from . import BenchError, fused_results, plot_fused
 from .measure import END_TO_END, GPU
 from .stored import Document
 from .targets import series
@@ -35,7 +40,7 @@ def draw(document: Document, folder: Path) -> list[Path]:
     drawn = []
     style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
     with pyplot.rc_context(style):
-        for name, make in ((SPEEDUP, _speedup), (GROWTH, _growth)):
+        for name, make in _makers().items():
             figure = make(pyplot, rows, gpu)
             if figure is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -43,6 +48,20 @@ def draw(document: Document, folder: Path) -> list[Path]:
                 pyplot.close(figure)
                 drawn.append(folder / name)
     return drawn
+
+
+def _makers() -> dict[str, Callable[..., Any]]:
+    """File name -> the function that makes its figure, or None of rows that do not allow it."""
+    fused = {
+        plot_fused.file_name(op): partial(plot_fused.tables_figure, op=op)
+        for op in fused_results.TITLES
+    }
+    return {
+        SPEEDUP: _speedup,
+        GROWTH: _growth,
+        **fused,
+        plot_fused.EXTEND: plot_fused.extend_figure,
+    }
 
 
 def _speedup(pyplot: Any, rows: list[dict[str, Any]], gpu: str) -> Any:

@@ -23,12 +23,9 @@ import torch
 import cupy_nsa_meta
 from cupy_nsa_meta import dispatch
 
-from . import build
+from . import build, upstream
 from .draft_extend import MAX_EXTEND, DraftExtendCase
-from .measure import Absent, Bound, time_limit
-
-Binder = Callable[[DraftExtendCase], Bound]
-Loader = Callable[[torch.device], Binder]
+from .measure import Absent, Binder, Bound, Loader, time_limit
 
 CACHE_SWITCH = "CUPY_NSA_META_GRAPH_CACHE"
 #: cuda-fresh: different places of the outputs. More than any launch cache holds, and 16 bytes apart
@@ -42,9 +39,13 @@ TORCH_MAX_ROWS = 1 << 26  # its int64 intermediates are several times the output
 # ---- Ours ---------------------------------------------------------------------------------------
 
 
-def needs_cuda_backend(device: torch.device) -> None:
+def needs_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         raise Absent("it takes CUDA tensors")
+
+
+def needs_cuda_backend(device: torch.device) -> None:
+    needs_gpu(device)
     reason = dispatch.cuda_unavailable_reason(device.index)
     if reason is not None:
         raise Absent(reason)
@@ -157,8 +158,7 @@ def load_triton(device: torch.device) -> Binder:
     reason = dispatch.triton_unavailable_reason()
     if reason is not None:
         raise Absent(reason)
-    if device.type != "cuda":
-        raise Absent("it takes CUDA tensors")
+    needs_gpu(device)
     from cupy_nsa_meta import draft_extend_triton
 
     fill = draft_extend_triton.fill_draft_extend_metadata_inplace
@@ -279,18 +279,17 @@ def load_sglang(device: torch.device) -> Binder:
     It is told the total and the longest extend length, which SGLang keeps on the host.
     """
     expand: Callable[..., torch.Tensor] | None = None
-    reason = "sglang is not installed"
     for name in _SGLANG_MODULES:
         try:
-            expand = importlib.import_module(name).seqlens_expand_triton
+            expand = upstream.module(name).seqlens_expand_triton
             break
-        except Exception as error:  # sglang's imports fail in many ways without its environment
-            if not isinstance(error, ModuleNotFoundError) or error.name != "sglang":
-                reason = f"seqlens_expand_triton cannot be imported: {error}"
+        except Absent as absent:
+            reason = str(absent)
+        except Exception as error:  # a file of an older version needs more of SGLang
+            reason = f"seqlens_expand_triton cannot be imported: {error}"
     if expand is None:
         raise Absent(reason)
-    if device.type != "cuda":
-        raise Absent("it takes CUDA tensors")
+    needs_gpu(device)
 
     def bind(case: DraftExtendCase) -> Bound:
         if case.max_rows > MAX_EXTEND * case.bs:
@@ -310,8 +309,7 @@ def load_sglang(device: torch.device) -> Binder:
 
 
 def load_seed_triton(device: torch.device) -> Binder:
-    if device.type != "cuda":
-        raise Absent("it takes CUDA tensors")
+    needs_gpu(device)
     try:
         from . import seed_triton
     except ImportError as error:
@@ -396,8 +394,7 @@ def arguments(
 
 
 def _extension(device: torch.device) -> Any:
-    if device.type != "cuda":
-        raise Absent("it takes CUDA tensors")
+    needs_gpu(device)
     try:
         return build.extension(build.architecture(device))
     except ImportError as error:

@@ -12,10 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import BenchError, targets
+from .fused import EXTEND_ROWS, HALF
+from .fused_results import TITLES, Point, geometric_mean, medians, ratios, values_of
 from .measure import BANDWIDTH, END_TO_END, FIRST_CALL, GPU, HOST
 from .report import number
 from .stored import Document, read_document
@@ -39,6 +42,15 @@ LABELS = {
     "sglang": "SGLang `seqlens_expand_triton` + clamp",
     "seed-triton": "seed: cat, cumsum, `.item()`, Triton linear search",
     "seed-cuda": "seed: C++ extension, cumsum, two `.item()`",
+}
+#: Batches of the fused family that have a column: requests, W
+FUSED_BATCHES = ((1, 4096), (32, 4096), (256, 4096), (256, 32768), (1024, 131072))
+FUSED_ENQUEUE = (32, 4096)
+EXTEND_LABELS = {
+    "cuda": "`fused_dsa_extend_metadata`",
+    "cuda-plan": "its plan",
+    "torch": "torch operators, vectorised",
+    "loop": "loop over the requests, as in SGLang 0.5.23",
 }
 
 
@@ -64,7 +76,7 @@ def table(document: Document) -> str:
     end_to_end = [f"bs {bs}" for bs in batch_sizes]
     header = ["us", *end_to_end, "floor", "x floor", f"enqueue, bs {FLOOR_BS}"]
     header.append(f"GPU, bs {FLOOR_BS}")
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = _with_rule(header)
     for provider, label in LABELS.items():
         times = [_median(rows, provider, END_TO_END, bs) for bs in batch_sizes]
         enqueue, gpu = (_median(rows, provider, metric, FLOOR_BS) for metric in (HOST, GPU))
@@ -81,8 +93,68 @@ def table(document: Document) -> str:
     floor_cells = [_cell(floors[END_TO_END]), "", _cell(floors[HOST]), ""]
     lines.append(["floor: C++ `cudaGraphLaunch` and poll, bs 32", *blank, *floor_cells])
     lines.append(["floor: empty graph node", *blank, "", "", "", _cell(floors[GPU])])
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([*text, "", *_sentences(document)])
+    parts = [lines, _fused_table(rows), _extend_table(rows)]
+    text = [_markdown(part) for part in parts if part]
+    return "\n\n".join([*text, "\n".join(_sentences(document))])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _with_rule(header: Sequence[str]) -> list[list[str]]:
+    return [list(header), ["---", *["---:"] * (len(header) - 1)]]
+
+
+def _fused_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The fused family beside SGLang; EXTEND is in a table of its own."""
+    gpu, their_gpu, enqueue, their_enqueue = (
+        medians(rows, provider, metric) for metric in (GPU, HOST) for provider in ("cuda", "sglang")
+    )
+    plan = medians(rows, "cuda-plan", HOST)
+    batches = [batch for batch in FUSED_BATCHES if any(point[1:3] == batch for point in gpu)]
+    header = ["GPU us (SGLang)", *(f"bs {bs:,}, W {width:,}" for bs, width in batches)]
+    header += ["ratio, geometric mean", "ratio, largest", "enqueue (SGLang)", "`plan.launch()`"]
+    lines = _with_rule(header)
+    for op, page_table_1 in product(TITLES, (False, True)):
+        if not any((point.op, point.page_table_1) == (op, page_table_1) for point in gpu):
+            continue
+        found = [
+            ratio
+            for point, ratio in ratios(gpu, their_gpu).items()
+            if (point.op, point.page_table_1) == (op, page_table_1)
+        ]
+        mean = geometric_mean(found)
+        points = [Point(op, *batch, page_table_1, HALF) for batch in (*batches, FUSED_ENQUEUE)]
+        lines.append(
+            [
+                f"{TITLES[op]}{', `page_table_1`' if page_table_1 else ''}",
+                *(_beside(gpu, their_gpu, point) for point in points[:-1]),
+                "" if mean is None else f"{mean:.2f}",
+                f"{max(found):.2f}" if found else "",
+                _beside(enqueue, their_enqueue, points[-1]),
+                _cell(plan.get(points[-1])),
+            ]
+        )
+    return lines if len(lines) > 2 else []
+
+
+def _beside(ours: dict[Point, float], theirs: dict[Point, float], point: Point) -> str:
+    text = _cell(ours.get(point))
+    return f"{text} ({number(theirs[point])})" if text and point in theirs else text
+
+
+def _extend_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    times = {name: medians(rows, name, END_TO_END, "extend") for name in EXTEND_LABELS}
+    batch_sizes = values_of((point for points in times.values() for point in points), "bs")
+    if not batch_sizes:
+        return []
+    lines = _with_rule(["EXTEND, us until the device is idle", *(f"bs {bs}" for bs in batch_sizes)])
+    for name, label in EXTEND_LABELS.items():
+        by_bs = {point.bs: us for point, us in times[name].items()}
+        if by_bs:
+            lines.append([label, *(_cell(by_bs.get(bs)) for bs in batch_sizes)])
+    return lines
 
 
 def _sentences(document: Document) -> list[str]:
@@ -91,6 +163,7 @@ def _sentences(document: Document) -> list[str]:
         "Medians of calls with changing lengths, the device idle before each; the first columns "
         "return the total to the host. Lengths: 1 to 5 query tokens, up to 9,000 KV tokens."
     ]
+    lines += _fused_sentences(rows)
     shares = []
     for bs in (1, 1024):
         ours = dict(targets.series(rows, "growth-t", "cuda", "rows", BANDWIDTH, bs=bs))
@@ -135,6 +208,27 @@ def _sentences(document: Document) -> list[str]:
     if absent:
         lines.append(f"Not run there: {', '.join(absent)}.")
     return ["  \n".join(lines)]
+
+
+def _fused_sentences(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    if medians(rows, "cuda", GPU):
+        lines.append(
+            "The fused family: KV lengths from W / 2 to W, 4 query tokens in target-verify, 1 to 5 "
+            "in draft-extend, pages of 64; ratios to SGLang's GPU time over all sizes measured, "
+            "with 1,024 KV tokens in each request, too; enqueue at "
+            f"bs {FUSED_ENQUEUE[0]}, W {FUSED_ENQUEUE[1]:,}."
+        )
+    shares = ratios(medians(rows, "cuda", BANDWIDTH), medians(rows, "copy", BANDWIDTH))
+    if shares:
+        lines.append(
+            f"Large tables: {min(shares.values()):.2f} to {max(shares.values()):.2f} of the "
+            "bandwidth of a torch copy of the same bytes."
+        )
+    if medians(rows, "cuda", END_TO_END, "extend"):
+        lowest, highest = EXTEND_ROWS
+        lines.append(f"EXTEND: {lowest:,} to {highest:,} rows, all 1-D arrays.")
+    return lines
 
 
 def _median(

@@ -36,12 +36,13 @@ COMMIT_VARIABLE = "BENCH_COMMIT"
 #: metric -> the provider that bounds it from below, and the unit
 FLOORS = {END_TO_END: "floor-graph", HOST: "floor-graph", GPU: "floor-empty", BANDWIDTH: "fill"}
 TITLES = {
-    END_TO_END: "end-to-end, total returned, us",
+    END_TO_END: "end-to-end, us",
     HOST: "enqueue, us",
     GPU: "GPU time, us",
     FIRST_CALL: "first call, s",
     BANDWIDTH: "bandwidth, GB/s",
 }
+SIDE_BY_SIDE = ("fused",)  # suites of many cases: a line for each, not for each provider
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
@@ -209,17 +210,34 @@ def floor_of(rows: Sequence[Row], metric: str, labels: dict[str, Any] | None = N
 
 
 def suite_tables(rows: Sequence[Row], suite: str) -> str:
-    """A table per metric of a suite: floor and ratio in columns of their own."""
+    """A table per metric of a suite: floor and ratio in columns of their own, or all providers."""
     own = [row for row in rows if row["suite"] == suite]
     tables = []
     for metric in TITLES:
         measured = [row for row in own if row["metric"] == metric]
-        if measured:
-            tables.append(f"{suite}: {TITLES[metric]}\n{_metric_table(rows, measured, metric)}")
+        if measured and suite in SIDE_BY_SIDE:
+            for op in dict.fromkeys(row["op"] for row in measured):
+                lines = _by_provider([row for row in measured if row["op"] == op])
+                tables.append(f"{suite}, {op}: {TITLES[metric]}\n{align(lines)}")
+        elif measured:
+            lines = _with_floor(rows, measured, metric)
+            tables.append(f"{suite}: {TITLES[metric]}\n{align(lines)}")
     return "\n\n".join(tables)
 
 
-def _metric_table(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> str:
+def _by_provider(measured: Sequence[Row]) -> list[Sequence[str]]:
+    """A line for each case, a column for each provider's median."""
+    names = list(dict.fromkeys(row["provider"] for row in measured))
+    medians: dict[str, dict[str, float]] = {}
+    for row in measured:
+        medians.setdefault(describe(row["case"]), {})[row["provider"]] = row["median"]
+    lines: list[Sequence[str]] = [("case", *names)]
+    for case, of_case in medians.items():
+        lines.append((case, *(number(of_case.get(name)) for name in names)))
+    return lines
+
+
+def _with_floor(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> list[Sequence[str]]:
     lines: list[Sequence[str]] = [("case", "provider", "median", "p20", "p80", "floor", "x floor")]
     for row in measured:
         floor = floor_of(rows, metric, row["case"])
@@ -233,7 +251,7 @@ def _metric_table(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> 
                 f"{row['median'] / floor['median']:.2f}" if floor is not None and compared else "-",
             )
         )
-    return align(lines)
+    return lines
 
 
 def number(value: float | None) -> str:

@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from . import floor, measure, progress, providers
-from .draft_extend import DraftExtendCase
-from .measure import QUICK, Absent, Bound, Contest, Device, Effort, Results
+from .measure import QUICK, Absent, Binder, Bound, Case, Contest, Device, Effort, Loader, Results
 
 
 class Session:
@@ -24,7 +23,7 @@ class Session:
         seed: int = 0,
         wanted: Sequence[str] | None = None,
         replay: Callable[[Session], None] | None = None,
-        loaders: Mapping[str, providers.Loader] | None = None,
+        loaders: Mapping[str, Loader] | None = None,
         timing: Device | None = None,
         effort: Effort | None = None,
     ) -> None:
@@ -39,32 +38,42 @@ class Session:
         self.results = Results()
         self.floor_samples = floor.Samples()
         self._loaders = providers.PROVIDERS if loaders is None else loaders
-        self._binders: dict[str, providers.Binder | None] = {}
+        self._binders: dict[Loader, Binder | None] = {}
 
     def is_wanted(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted
 
-    def binder(self, name: str) -> providers.Binder | None:
-        """Load a provider once; None where it is absent, which is recorded."""
+    def binder(self, name: str, loaders: Mapping[str, Loader] | None = None) -> Binder | None:
+        """Load a provider once; None where it is absent, which is recorded.
+
+        ``loaders`` are those of an operation, by name; default: of the seed operation.
+        """
         if not self.is_wanted(name):
             return None
-        if name not in self._binders:
-            self._binders[name] = None
+        loader = (loaders or self._loaders)[name]
+        if loader not in self._binders:
+            self._binders[loader] = None
             try:
                 if self.quick:
                     reason = providers.left_out_of_quick(name, self.device)
                     if reason is not None:
                         raise Absent(reason)
-                self._binders[name] = self._loaders[name](self.device)
+                self._binders[loader] = loader(self.device)
             except Exception as error:
                 self.results.leave_out("loading", name, measure.failure(error))
-        return self._binders[name]
+        return self._binders[loader]
 
-    def bind(self, names: Sequence[str], case: DraftExtendCase, where: str) -> dict[str, Bound]:
+    def bind(
+        self,
+        names: Sequence[str],
+        case: Case,
+        where: str,
+        loaders: Mapping[str, Loader] | None = None,
+    ) -> dict[str, Bound]:
         """Bind the providers that can run to a case."""
         bounds: dict[str, Bound] = {}
         for name in names:
-            binder = self.binder(name)
+            binder = self.binder(name, loaders)
             if binder is None:
                 continue
             try:
@@ -76,15 +85,15 @@ class Session:
     def contest(
         self,
         suite: str,
-        case: DraftExtendCase,
+        case: Case,
         names: Sequence[str],
         tick: Callable[[], None] = lambda: None,
         effort: Effort | None = None,
+        loaders: Mapping[str, Loader] | None = None,
     ) -> Contest:
-        where = f"{suite}, {measure.describe(case.labels)}"
         return Contest(
             case,
-            self.bind(names, case, where),
+            self.bind(names, case, f"{suite}, {case.name}", loaders),
             self.timing,
             self.results,
             suite,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from . import BenchError
+from .fused_results import Point, geometric_mean, medians, ratios
 from .measure import BANDWIDTH, END_TO_END, FIRST_CALL, GPU, HOST
 from .report import align, number
 from .stored import Document, read_document
@@ -23,6 +24,9 @@ Row = dict[str, Any]
 LATER_CALL_S = 0.05  # a compilation takes longer, loading a kernel's code does not
 LARGE_ROWS = 1 << 26
 STEP_LIMIT = 2.0
+ABOUT = 1.1  # "about 4 us": a tenth more is still about that
+#: EXTEND: requests -> times as fast as the loop over the requests
+LOOP_RATIOS = {1: 15, 16: 60, 64: 200, 256: 700}
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ def targets(document: Document) -> list[Outcome]:
     outcomes += _bandwidths(rows)
     outcomes += _cold(document)
     outcomes += _growth(rows)
+    outcomes += _fused(rows)
+    outcomes += _fused_extend(rows)
     return outcomes
 
 
@@ -198,6 +204,108 @@ def _growth(rows: Sequence[Row]) -> list[Outcome]:
         detail = "" if where is None else f"at {where[0]:,} -> {where[1]:,}"
         outcomes.append(Outcome(f"{what}: step / trend", STEP_LIMIT, worst, detail=detail))
     return outcomes
+
+
+def _fused(rows: Sequence[Row]) -> list[Outcome]:
+    """The suite ``fused``, but for EXTEND."""
+    gpu, host = ((medians(rows, "cuda", m), medians(rows, "sglang", m)) for m in (GPU, HOST))
+    outcomes = [_worst("fused: GPU / SGLang's, every case", 1.0, *gpu)]
+    for page_table_1, limit in ((False, 0.25), (True, 0.6)):
+        text = "with" if page_table_1 else "without"
+        outcomes.append(
+            _mean(
+                f"fused: GPU / SGLang's, geometric mean, {text} page_table_1",
+                limit,
+                *gpu,
+                lambda point, wanted=page_table_1: point.page_table_1 is wanted,
+            )
+        )
+    outcomes += [
+        _worst("fused: enqueue / SGLang's, every case", 0.25, *host),
+        _mean("fused: enqueue / SGLang's, geometric mean", 0.25, *host),
+    ]
+    for op, bs, width, us in (("draft_extend_fused", 256, 4096, 4), ("decode", 1024, 8192, 5)):
+        named = {p: us for p, us in gpu[0].items() if p[:4] == (op, bs, width, False)}
+        what = f"fused: {op} bs {bs} W {width}, no page_table_1: GPU, us"
+        worst = max(named, key=lambda point: named[point], default=None)
+        theirs = gpu[1].get(worst) if worst is not None else None
+        detail = f"SGLang {number(theirs)} us" if theirs else ""
+        outcomes.append(
+            Outcome(what, us * ABOUT, None if worst is None else named[worst], detail=detail)
+        )
+    ours, copied = (medians(rows, provider, BANDWIDTH) for provider in ("cuda", "copy"))
+    what = "fused: bandwidth / torch copy of the same bytes, large tables"
+    outcomes.append(_worst(what, 0.85, ours, copied, at_most=False, unit="GB/s"))
+    plan = medians(rows, "cuda-plan", HOST)
+    floor = _median(rows, "floor-graph", HOST, bs=32)
+    floors = dict.fromkeys(plan, floor) if floor else {}
+    outcomes += [
+        _worst("fused: plan enqueue / floor-graph enqueue, every case", 1.5, plan, floors),
+        _mean("fused: plan enqueue / floor-graph enqueue, geometric mean", 1.5, plan, floors),
+    ]
+    return outcomes
+
+
+def _fused_extend(rows: Sequence[Row]) -> list[Outcome]:
+    ours, loop, torch = (
+        medians(rows, provider, END_TO_END, "extend") for provider in ("cuda", "loop", "torch")
+    )
+    outcomes = [
+        _worst(
+            f"fused: EXTEND, loop / ours, bs {bs}",
+            limit,
+            loop,
+            ours,
+            lambda point, wanted=bs: point.bs == wanted,
+            at_most=False,
+        )
+        for bs, limit in LOOP_RATIOS.items()
+    ]
+    outcomes.append(_worst("fused: EXTEND, torch / ours", 15, torch, ours, at_most=False))
+    slowest = max(ours, key=lambda point: ours[point], default=None)
+    outcomes.append(
+        Outcome(
+            "fused: EXTEND, call and wait, us",
+            12 * ABOUT,
+            None if slowest is None else ours[slowest],
+            detail="" if slowest is None else f"bs {slowest.bs}",
+        )
+    )
+    return outcomes
+
+
+def _worst(
+    what: str,
+    limit: float,
+    over: dict[Point, float],
+    under: dict[Point, float],
+    wanted: Callable[[Point], bool] = lambda point: True,
+    at_most: bool = True,
+    unit: str = "us",
+) -> Outcome:
+    """The ratio that is furthest on the wrong side."""
+    found = ratios(over, under, wanted)
+    pick = max if at_most else min
+    worst = pick(found, key=lambda point: found[point], default=None)
+    if worst is None:
+        return Outcome(what, limit, None, at_most)
+    detail = f"{number(over[worst])} / {number(under[worst])} {unit} at {worst}"
+    if len(found) > 1:
+        missed = sum(r > limit if at_most else r < limit for r in found.values())
+        detail += f"; {missed} of {len(found)} missed"
+    return Outcome(what, limit, found[worst], at_most, detail)
+
+
+def _mean(
+    what: str,
+    limit: float,
+    over: dict[Point, float],
+    under: dict[Point, float],
+    wanted: Callable[[Point], bool] = lambda point: True,
+) -> Outcome:
+    found = ratios(over, under, wanted)
+    detail = f"{len(found)} cases" if found else ""
+    return Outcome(what, limit, geometric_mean(found.values()), detail=detail)
 
 
 def largest_step(

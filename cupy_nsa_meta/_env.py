@@ -16,34 +16,36 @@ if not isinstance(_raw, dict) or os.name != "posix":
     _raw = None
 
 
-def _read(name: str, key: bytes) -> str | None:
-    if _raw is None:
-        return os.environ.get(name)
-    value = _raw.get(key)
-    return None if value is None else os.fsdecode(value)
+def _read(key: bytes) -> bytes | None:
+    value = os.environ.get(key.decode())
+    return None if value is None else os.fsencode(value)
 
 
 def backend() -> str:
     """``CUPY_NSA_META_BACKEND``: which backend the choosing functions take; default ``auto``."""
-    value = _read("CUPY_NSA_META_BACKEND", b"CUPY_NSA_META_BACKEND")
+    key = b"CUPY_NSA_META_BACKEND"
+    value = _raw.get(key) if _raw is not None else _read(key)
     if not value:
         return "auto"
-    if value not in BACKENDS:
+    name = os.fsdecode(value)
+    if name not in BACKENDS:
         raise ValueError(
-            f"CUPY_NSA_META_BACKEND: expected one of {', '.join(BACKENDS)}, got {value!r}"
+            f"CUPY_NSA_META_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}"
         )
-    return value
+    return name
 
 
 def debug_sync() -> bool:
     """``CUPY_NSA_META_DEBUG_SYNC=1``: every call reads its status and raises."""
-    value = _read("CUPY_NSA_META_DEBUG_SYNC", b"CUPY_NSA_META_DEBUG_SYNC")
-    return bool(value) and value != "0"
+    key = b"CUPY_NSA_META_DEBUG_SYNC"
+    value = _raw.get(key) if _raw is not None else _read(key)
+    return value is not None and value not in (b"", b"0")
 
 
 def graph_cache() -> bool:
     """``CUPY_NSA_META_GRAPH_CACHE=0``: the drop-in call captures and reuses no launches."""
-    return _read("CUPY_NSA_META_GRAPH_CACHE", b"CUPY_NSA_META_GRAPH_CACHE") != "0"
+    key = b"CUPY_NSA_META_GRAPH_CACHE"
+    return (_raw.get(key) if _raw is not None else _read(key)) != b"0"
 
 
 SGLANG_VALUES = ("0", "1", "force")

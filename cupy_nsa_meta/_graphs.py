@@ -26,6 +26,7 @@ from ._launch import (
     EPOCH_SHIFT,
     WORD_MASK,
     DeviceState,
+    PackedLaunch,
     Slot,
     relaxed_capture,
 )
@@ -152,7 +153,9 @@ class Cache:
         number = hash(key)
         found = self.graphs.get(number)
         if found is not None and found[0] == key:
-            return self.used(found[1])
+            captured = found[1]
+            self.hits = captured.last_used = self.hits + 1
+            return captured
         self.misses += 1
         if not self._should_capture(number):
             return None
@@ -162,11 +165,6 @@ class Cache:
         self.graphs[number] = (key, captured)
         self.captures += 1
         captured.last_used = self.hits
-        return captured
-
-    def used(self, captured: CapturedLaunch) -> CapturedLaunch:
-        """Count a hit."""
-        self.hits = captured.last_used = self.hits + 1
         return captured
 
     def _should_capture(self, number: int) -> bool:
@@ -205,18 +203,18 @@ class KnownCall:
         self.state = state
         self.call = call  # what the operation needs to pack it with other numbers
         self.captured: dict[int, weakref.ref[CapturedLaunch]] = {}  # by stream
-        #: by the numbers that vary: argument bytes, kernels and grids
-        self.packed: dict[Any, tuple[bytes, tuple[tuple[str, int], ...]]] = {}
+        self.packed: dict[int, PackedLaunch] = {}  # by total_tokens
 
     def captured_for(self, stream: int) -> CapturedLaunch | None:
         """The captured launch, if it may be replayed on ``stream`` now."""
         held = self.captured.get(stream)
-        if held is None or not _env.graph_cache():
+        if held is None or not _env.graph_cache() or (stream and self.state.is_capturing(stream)):
             return None
         captured = held()
-        if captured is None or (stream and self.state.is_capturing(stream)):
-            return None
-        return thread.cache.used(captured)
+        if captured is not None:
+            cache = thread.cache
+            cache.hits = captured.last_used = cache.hits + 1
+        return captured
 
 
 class _Thread(threading.local):

@@ -42,29 +42,40 @@ INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
 
 
-class Slot:
-    """One result word, the argument buffer of the launches that answer in it, and their count."""
+class Arguments:
+    """An argument struct where a launch finds it; the driver copies what the kernel declares."""
 
-    __slots__ = (
-        "_args",
-        "_params",
-        "address",
-        "buffer",
-        "count_ptr",
-        "epoch",
-        "index",
-        "params",
-    )
+    __slots__ = ("_args", "_params", "buffer", "params")
 
-    def __init__(self, index: int, address: int, count_ptr: int) -> None:
-        self.index = index  # of the word, in 8-byte units
-        self.address = address
-        self.count_ptr = count_ptr  # device memory, int32: launches of a captured graph
-        self.epoch = 0  # of the last launch
+    def __init__(self) -> None:
         self.buffer = bytearray(ARGS_BYTES)
         self._args = (ctypes.c_char * ARGS_BYTES).from_buffer(self.buffer)
         self._params = (ctypes.c_void_p * 1)(ctypes.addressof(self._args))
         self.params = ctypes.addressof(self._params)  # void** kernelParams
+
+
+class PackedLaunch(Arguments):
+    """A launch that can be made again, by any thread: arguments, kernels and grids in order."""
+
+    __slots__ = ("launches",)
+
+    def __init__(self, arguments: bytes | bytearray, launches: tuple[tuple[str, int], ...]) -> None:
+        super().__init__()
+        self.buffer[: len(arguments)] = arguments
+        self.launches = launches
+
+
+class Slot(Arguments):
+    """One result word, the argument struct of the launches that answer in it, and their count."""
+
+    __slots__ = ("address", "count_ptr", "epoch", "index")
+
+    def __init__(self, index: int, address: int, count_ptr: int) -> None:
+        super().__init__()
+        self.index = index  # of the word, in 8-byte units
+        self.address = address
+        self.count_ptr = count_ptr  # device memory, int32: launches of a captured graph
+        self.epoch = 0  # of the last launch
 
     def next_epoch(self) -> int:
         """The epoch of the next launch, never 0: a fresh word is 0."""
@@ -146,39 +157,27 @@ class DeviceState:
         """The word of the slot's last launch has come."""
         return self.words[slot.index] >> EPOCH_SHIFT == slot.epoch
 
-    def launch(self, slot: Slot, stream: int, launches: Iterable[tuple[str, int]]) -> None:
-        """Enqueue kernels (name, grid) in order, each with the struct packed in ``slot.buffer``.
-
-        The argument bytes are taken over at the launch.
-        """
+    def launch(
+        self, arguments: Arguments, stream: int, launches: Iterable[tuple[str, int]]
+    ) -> None:
+        """Enqueue kernels (name, grid) in order, each with the same argument struct."""
         if self._get_device() != self.device:
             with self.cupy.cuda.Device(self.device):
-                self.launch(slot, stream, launches)
+                self.launch(arguments, stream, launches)
             return
+        params = arguments.params
         for name, grid in launches:
             # The driver's call, 1 us less than that of CuPy's kernel objects.
-            arguments = (
-                self._functions[name],
-                grid, 1, 1,
-                BLOCK_THREADS, 1, 1,
-                0, stream, slot.params, 0,
+            call = (
+                self._functions[name], grid, 1, 1, BLOCK_THREADS, 1, 1, 0, stream, params, 0,
             )  # fmt: skip
             try:
-                self._launch_kernel(*arguments)
+                self._launch_kernel(*call)
             except self._driver_error as error:
                 if error.status != INVALID_CONTEXT:
                     raise
                 self.runtime.setDevice(self.device)  # a thread that has not used CUDA yet
-                self._launch_kernel(*arguments)
-
-    def launch_bytes(
-        self, arguments: bytes, stream: int, launches: Iterable[tuple[str, int]]
-    ) -> None:
-        """``launch`` with an argument struct that was packed before; its kernels do not answer."""
-        slot = self.take_slot()
-        slot.buffer[: len(arguments)] = arguments
-        self.launch(slot, stream, launches)
-        self.give_slot(slot)
+                self._launch_kernel(*call)
 
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured on ``stream``; the legacy stream 0 never is."""

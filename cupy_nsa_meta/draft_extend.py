@@ -9,6 +9,7 @@ import struct
 import weakref
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ BLOCKS_PER_SM = 8  # 2,048 threads
 #: they save.
 FEW_REQUESTS = 1024
 FEW_ROWS = 1 << 16
+TOTAL_MASK = 0xFFFFFFFF  # of a result word without its epoch; above, the status
 MAX_REMEMBERED = 256  # totals, and streams, of a call on known tensors
 
 # Flags, next to those that _check.py sets.
@@ -59,16 +61,17 @@ class Geometry(NamedTuple):
 
 def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
     """Kernels and blocks of a call. The host does not know T: the blocks follow the capacity."""
-    bs, limit = key.bs, key.limit
+    aligned = (key.expanded_ptr | key.clamped_ptr) & 15 == 0
+    return _shape(key.bs, key.limit, aligned, key.use_adaptive, num_sms)
+
+
+@lru_cache(maxsize=1024)
+def _shape(bs: int, limit: int, aligned: bool, use_adaptive: bool, num_sms: int) -> Geometry:
     grid = (limit + BLOCK_THREADS - 1) // BLOCK_THREADS or 1
     flags = tiles_per_block = 0
     num_entries, requests_per_entry = bs, 1
     launches: tuple[tuple[str, int], ...]
-    if (
-        limit >= QUADS_MIN_ROWS
-        and limit >= QUAD_ROWS_PER_REQUEST * bs
-        and (key.expanded_ptr | key.clamped_ptr) & 15 == 0
-    ):
+    if limit >= QUADS_MIN_ROWS and limit >= QUAD_ROWS_PER_REQUEST * bs and aligned:
         flags = QUADS
         tiles = -(-limit // QUAD_TILE_ROWS)
         if bs <= WARP_MAX_BS:
@@ -85,7 +88,7 @@ def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
     elif grid > num_sms:
         grid = min(grid, num_sms * min(FEW_REQUESTS // (bs or 1), BLOCKS_PER_SM))
     if bs <= WARP_MAX_BS:
-        if bs <= LINEAR_SEARCH_MAX_BS and key.use_adaptive:
+        if bs <= LINEAR_SEARCH_MAX_BS and use_adaptive:
             flags |= LINEAR_SEARCH
         launches = (("draft_extend_warp_quads" if tiles_per_block else "draft_extend_warp", grid),)
     elif bs <= BLOCK_THREADS and not tiles_per_block:
@@ -101,9 +104,7 @@ def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
         requests_per_entry = -(-bs // (MAX_ENTRIES * BLOCK_THREADS)) * BLOCK_THREADS
         num_entries = -(-bs // requests_per_entry)
         launches = (("draft_extend_tiles", num_entries), ("draft_extend_tiled", grid))
-    return tuple.__new__(
-        Geometry, (launches, num_entries, requests_per_entry, flags, tiles_per_block)
-    )
+    return Geometry(launches, num_entries, requests_per_entry, flags, tiles_per_block)
 
 
 def pack(
@@ -213,15 +214,6 @@ def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) ->
     return word
 
 
-def run_captured(captured: CapturedLaunch, stream: int) -> int:
-    """Replay, and wait for the result word."""
-    try:
-        return captured.run(stream)
-    except BaseException:  # its late word must not be taken for the answer to a later call
-        thread.cache.discard(captured)
-        raise
-
-
 def launch_captured(captured: CapturedLaunch, stream: int) -> None:
     """Replay, and wait for nothing."""
     try:
@@ -257,10 +249,9 @@ def launch_known(known: KnownCall, total_tokens: Any) -> bool:
         pack(arguments, key, shape, out_total=out_total)
         if len(known.packed) >= MAX_REMEMBERED:
             known.packed.clear()
-        packed = known.packed[total_tokens] = bytes(arguments), shape.launches
-    arguments_again, launches = packed
+        packed = known.packed[total_tokens] = _launch.PackedLaunch(arguments, shape.launches)
     state = known.state
-    state.launch_bytes(arguments_again, current_raw_stream(state.device), launches)
+    state.launch(packed, current_raw_stream(state.device), packed.launches)
     return True
 
 
@@ -377,15 +368,18 @@ def fill_draft_extend_metadata_cuda(
             stream = current_raw_stream(known.state.device)
             captured = known.captured_for(stream)
             if captured is not None:
-                word = run_captured(captured, stream)
-                total = word & 0xFFFFFFFF
-                if word == total:
-                    return total
+                try:
+                    word = captured.run(stream)
+                except BaseException:  # its late word must not answer a later call
+                    thread.cache.discard(captured)
+                    raise
+                if word <= TOTAL_MASK:
+                    return word
                 tensors, key = _check.draft_extend(
                     extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
                     out_nsa_cache_seqlens, use_adaptive, None,
                 )  # fmt: skip
-                raise status_error(word >> 32, total, tensors, key)
+                raise status_error(word >> 32, word & TOTAL_MASK, tensors, key)
         elif launch_known(known, total_tokens):
             return total_tokens
     return _fill(
@@ -440,11 +434,14 @@ def _fill(
     else:
         if total_tokens is None:  # else this is a call under CUPY_NSA_META_DEBUG_SYNC=1
             know_captured(know(known_key, tensors, key, state), stream, captured)
-        word = run_captured(captured, stream)
-    total = word & 0xFFFFFFFF
-    if word != total:
-        raise status_error(word >> 32, total, tensors, key)
-    return total
+        try:
+            word = captured.run(stream)
+        except BaseException:
+            thread.cache.discard(captured)
+            raise
+    if word > TOTAL_MASK:
+        raise status_error(word >> 32, word & TOTAL_MASK, tensors, key)
+    return word
 
 
 def fill_draft_extend_metadata_cuda_async(

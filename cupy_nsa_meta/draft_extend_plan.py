@@ -8,7 +8,13 @@ import torch
 
 from . import _check, _env, _graphs, _launch, dispatch, draft_extend
 from ._launch import current_raw_stream
-from .draft_extend import ONE_LAUNCH_MAX_BS, capture_error, raise_for_status, status_error
+from .draft_extend import (
+    ONE_LAUNCH_MAX_BS,
+    TOTAL_MASK,
+    capture_error,
+    raise_for_status,
+    status_error,
+)
 
 
 class DraftExtendPlan:
@@ -69,6 +75,14 @@ class DraftExtendPlan:
             self._state, self._key, self._outcome.data_ptr(), self._scratch.data_ptr()
         )
 
+    def _capture_anew(self) -> _graphs.CapturedLaunch:
+        """After an error or an interrupted wait."""
+        assert self._state is not None
+        if self._state.is_capturing(current_raw_stream(self._device)):
+            raise capture_error()
+        self._captured = captured = self._capture()
+        return captured
+
     def run(self) -> int:
         """Launch on torch's current stream, wait for the total and return it.
 
@@ -83,15 +97,14 @@ class DraftExtendPlan:
         except IndexError:
             raise _entered_twice() from None
         try:
-            state = self._state
-            if state is None:
-                return self._backend.fill(*self._arguments())
-            stream = current_raw_stream(self._device)
-            if stream and state.is_capturing(stream):
-                raise capture_error()
             captured = self._captured
             if captured is None:
-                captured = self._captured = self._capture()
+                if self._state is None:
+                    return self._backend.fill(*self._arguments())
+                captured = self._capture_anew()
+            stream = current_raw_stream(self._device)
+            if stream and captured.state.is_capturing(stream):
+                raise capture_error()
             try:
                 word = captured.run(stream)
             except BaseException:
@@ -99,10 +112,9 @@ class DraftExtendPlan:
                 raise
         finally:
             self._leave(token)
-        total = word & 0xFFFFFFFF
-        if word != total:
-            raise status_error(word >> 32, total, self._tensors, self._key)
-        return total
+        if word > TOTAL_MASK:
+            raise status_error(word >> 32, word & TOTAL_MASK, self._tensors, self._key)
+        return word
 
     def launch(self) -> None:
         """Enqueue on torch's current stream; nothing is waited for and nothing is read back.
@@ -116,17 +128,19 @@ class DraftExtendPlan:
         except IndexError:
             raise _entered_twice() from None
         try:
-            state = self._state
-            if state is None:
-                self._backend.fill_async(*self._arguments(), out_total=self._outcome)
-                return
-            stream = current_raw_stream(self._device)
-            if stream and state.is_capturing(stream):
-                self._record(state, stream)
-                return
             captured = self._captured
             if captured is None:
-                captured = self._captured = self._capture()
+                if self._state is None:
+                    self._backend.fill_async(*self._arguments(), out_total=self._outcome)
+                    return
+                if self._state.is_capturing(current_raw_stream(self._device)):
+                    self._record()
+                    return
+                captured = self._capture_anew()
+            stream = current_raw_stream(self._device)
+            if stream and captured.state.is_capturing(stream):
+                self._record()
+                return
             try:
                 captured.launch(stream)
             except BaseException:
@@ -149,7 +163,10 @@ class DraftExtendPlan:
         with _launch.relaxed_capture():
             return int(self._outcome[1])
 
-    def _record(self, state: _launch.DeviceState, stream: int) -> None:
+    def _record(self) -> None:
+        """Launch the plain kernels on torch's current stream."""
+        state = self._state
+        assert state is not None
         slot = state.take_slot()
         shape = draft_extend.shape_of(self._key, state.num_sms)
         draft_extend.pack(
@@ -159,7 +176,7 @@ class DraftExtendPlan:
             out_total=self._outcome.data_ptr(),
             scratch=self._scratch.data_ptr(),
         )
-        state.launch(slot, stream, shape.launches)
+        state.launch(slot, current_raw_stream(self._device), shape.launches)
         state.give_slot(slot)
 
     def _arguments(self) -> tuple[Any, ...]:

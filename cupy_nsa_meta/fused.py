@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from . import _check, _env, _known, _launch, reference_fused
 from ._check import FusedCall, FusedOutputs
 from ._graphs import CapturedLaunch, thread
+from ._launch import PackedLaunch
 from ._status import INT32_MAX, Status, fused_error
 from .dispatch import cuda_unavailable_reason
 
@@ -236,14 +236,6 @@ _SHAPE = struct.Struct("<6iI")  # Geometry, flags
 _SHAPE_AT = ARGS.size - _SHAPE.size
 
 
-@dataclass(frozen=True, eq=False, slots=True)  # equal to itself only, as a key
-class Packed:
-    """The argument struct of a launch, its kernels and grids."""
-
-    arguments: bytes
-    launches: tuple[tuple[str, int], ...]
-
-
 class Template:
     """Checked tensors, packed once: the numbers of a call are packed into a copy.
 
@@ -260,7 +252,7 @@ class Template:
         self._base = bytes(base)
         (self._flags,) = struct.unpack_from("<I", base, ARGS.size - 4)
 
-    def pack(self, call: FusedCall, tile_sums: int = 0) -> Packed:
+    def pack(self, call: FusedCall, tile_sums: int = 0) -> PackedLaunch:
         """The launch of a call with the same tensors, top-k, page size and width."""
         shape, launches = plan_launch(
             call, self._units, self._direct_outputs, self.num_sms, tile_sums != 0
@@ -271,19 +263,19 @@ class Template:
         flags = self._flags | (TOTAL_IS_CAPACITY if call.total_is_capacity else 0)
         _SHAPE.pack_into(arguments, _SHAPE_AT, *shape, flags)
         _POINTER.pack_into(arguments, _TILE_SUMS_AT, tile_sums)
-        return Packed(bytes(arguments), launches)
+        return PackedLaunch(arguments, launches)
 
 
-def pack(call: FusedCall, num_sms: int, status: int, tile_sums: int = 0) -> Packed:
+def pack(call: FusedCall, num_sms: int, status: int, tile_sums: int = 0) -> PackedLaunch:
     """The launch of a checked call; ``tile_sums`` is 0 in the one-launch form."""
     return Template(call, num_sms, status).pack(call, tile_sums)
 
 
-def capture(state: _launch.DeviceState, packed: Packed) -> CapturedLaunch:
+def capture(state: _launch.DeviceState, packed: PackedLaunch) -> CapturedLaunch:
     """The launch as a graph."""
 
     def pack_slot(slot: _launch.Slot) -> tuple[tuple[str, int], ...]:
-        slot.buffer[: ARGS.size] = packed.arguments
+        slot.buffer[:] = packed.buffer
         return packed.launches
 
     return CapturedLaunch(state, pack_slot, answers=False)
@@ -309,7 +301,7 @@ class _KnownCall:
         self.guard = guard
         self.addresses = addresses
         self.state = state
-        self.packed: dict[tuple[Any, ...], Packed] = {}  # by the scalars of a call
+        self.packed: dict[tuple[Any, ...], PackedLaunch] = {}  # by the scalars of a call
         self.renew(call)
 
     def renew(self, call: FusedCall) -> None:
@@ -329,7 +321,7 @@ class _KnownCall:
             and new[3:] == old[3:]
         )
 
-    def keep(self, scalars: tuple[Any, ...], packed: Packed) -> None:
+    def keep(self, scalars: tuple[Any, ...], packed: PackedLaunch) -> None:
         if len(self.packed) >= MAX_PACKED:
             self.packed.clear()
         self.packed[scalars] = packed
@@ -387,7 +379,7 @@ def _again(op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
     return _Met(key, tensors, scalars, known)
 
 
-def _launch_again(state: _launch.DeviceState, packed: Packed) -> None:
+def _launch_again(state: _launch.DeviceState, packed: PackedLaunch) -> None:
     """Enqueue what was launched before, from the second time on as a captured launch."""
     stream = _launch.current_raw_stream(state.device)
     if _env.graph_cache() and not (stream and state.is_capturing(stream)):
@@ -400,7 +392,7 @@ def _launch_again(state: _launch.DeviceState, packed: Packed) -> None:
                 cache.discard(captured)
                 raise
             return
-    state.launch_bytes(packed.arguments, stream, packed.launches)
+    state.launch(packed, stream, packed.launches)
 
 
 def _keep(call: FusedCall, state: _launch.DeviceState, met: _Met) -> None:
@@ -431,7 +423,7 @@ def _enqueue(call: FusedCall, state: _launch.DeviceState, stream: int, status: i
             NUM_TILE_SUMS * num_tiles(call.bs), dtype=torch.int64, device=call.seq_lens.device
         )
     packed = pack(call, state.num_sms, status, 0 if scratch is None else scratch.data_ptr())
-    state.launch_bytes(packed.arguments, stream, packed.launches)
+    state.launch(packed, stream, packed.launches)
 
 
 def _runs_cuda(device: int) -> bool:
@@ -455,7 +447,7 @@ def _run(call: FusedCall, width_name: str, met: _Met) -> None:
         known.keep(met.scalars, packed)
         state = known.state
         stream = _launch.current_raw_stream(state.device)
-        state.launch_bytes(packed.arguments, stream, packed.launches)
+        state.launch(packed, stream, packed.launches)
         return
     call = _check.fused(call, width_name)
     device = call.device

@@ -16,9 +16,9 @@ import torch
 from . import _check, _env, _launch, fused, reference_fused
 from ._check import FusedCall, FusedOutputs
 from ._graphs import CapturedLaunch
-from ._launch import current_raw_stream
+from ._launch import PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, Status, fused_error
-from .fused import Packed, Template
+from .fused import Template
 
 _POINTER = struct.Struct("<Q")
 MAX_REMEMBERED = 1024  # batch sizes
@@ -56,7 +56,7 @@ class FusedPlan:
         #: still write its word.
         self._run_status: torch.Tensor | None = None
         self._state: _launch.DeviceState | None = None
-        self._packed: dict[Any, Packed] = {}
+        self._packed: dict[Any, PackedLaunch] = {}
         self._captured: dict[Any, CapturedLaunch] = {}
         if not fused._runs_cuda(call.device):
             return
@@ -171,14 +171,12 @@ class FusedPlan:
             captured = self._captured[key] = fused.capture(state, packed)
             captured.launch(stream)
             return
-        arguments = packed.arguments
         if status is not self._status:
-            other = bytearray(arguments)
-            _POINTER.pack_into(other, fused.STATUS_AT, status.data_ptr())
-            arguments = bytes(other)
-        state.launch_bytes(arguments, stream, packed.launches)
+            packed = PackedLaunch(packed.buffer, packed.launches)
+            _POINTER.pack_into(packed.buffer, fused.STATUS_AT, status.data_ptr())
+        state.launch(packed, stream, packed.launches)
 
-    def _pack(self, call: FusedCall) -> Packed:
+    def _pack(self, call: FusedCall) -> PackedLaunch:
         """The plan's arguments with the numbers of one batch."""
         tiled = call.bs > fused.ONE_LAUNCH_MAX_BS
         return self._template.pack(call, self._scratch.data_ptr() if tiled else 0)

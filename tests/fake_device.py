@@ -127,8 +127,9 @@ class FakeState(_launch.DeviceState):
         assert non_blocking
         return SimpleNamespace(ptr=next(self._streams), synchronize=lambda: None)
 
-    def launch(self, slot, stream, launches) -> None:
-        item = bytes(slot.buffer), tuple(launches)
+    def launch(self, arguments, stream, launches) -> None:
+        struct = ctypes.c_void_p.from_address(arguments.params).value
+        item = ctypes.string_at(struct, _launch.ARGS_BYTES), tuple(launches)
         if stream in self.runtime.capturing:
             self.runtime.capturing[stream].append(item)
         else:

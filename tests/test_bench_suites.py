@@ -9,7 +9,6 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -18,11 +17,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import bench
+from bench_fakes import CPU, SMALL, FakeGpu, fused_rows, stored_row
 from benchmarks import (
     BenchError,
     build,
     draft_extend,
     floor,
+    fused_providers,
     measure,
     plot,
     providers,
@@ -38,31 +39,6 @@ from benchmarks.suites import cold, growth_bs, growth_t, seed
 from cupy_nsa_meta import fill_draft_extend_metadata_python, reference
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
-SMALL = Effort(rounds=2, block=6, replays=4, graph_us=20.0, max_nodes=8)
-
-
-class FakeGpu(measure.Device):
-    """Records and replays in Python, so that the paths of a GPU run without one."""
-
-    is_gpu = True
-
-    def __init__(self) -> None:
-        super().__init__(CPU)
-        self.replayed: list[object] = []
-
-    def graph(self, record, count):
-        def replay():
-            for _ in range(count):
-                record()
-
-        return replay
-
-    def time_us(self, replay):
-        begin = perf_counter()
-        replay()
-        self.replayed.append(replay)
-        return (perf_counter() - begin) * 1e6
 
 
 def python_bound(case: DraftExtendCase, fill=fill_draft_extend_metadata_python) -> Bound:
@@ -421,7 +397,7 @@ def test_on_the_cpu_only_whole_calls_are_timed():
 
 
 def test_names_on_the_command_line_are_those_of_the_providers():
-    assert set(bench.PROVIDERS) == {*providers.PROVIDERS, "floor"}
+    assert set(bench.PROVIDERS) == {*providers.PROVIDERS, *fused_providers.PROVIDERS, "floor"}
     assert set(seed.PROVIDERS) | set(growth_bs.PROVIDERS) | set(growth_t.PROVIDERS) == set(
         providers.PROVIDERS
     )
@@ -830,7 +806,7 @@ def test_a_suite_that_fails_leaves_the_others_results(monkeypatch, tmp_path, cap
 
 
 BAD_OPTIONS = {
-    "--suite sed": "--suite: expected one of cold, seed, .*, all, got 'sed'",
+    "--suite sed": "--suite: expected one of cold, seed, .*, fused, .*, all, got 'sed'",
     "--suite seed,": "--suite: expected one of .* got ''",
     "--suite seed --provider cudda": "--provider: expected one of .* got 'cudda'",
     "--quick": "--quick: expected with --suite, got none",
@@ -865,19 +841,6 @@ def test_pictures_need_matplotlib(monkeypatch, capsys):
 # ---- A stored run: table, targets, pictures -----------------------------------------------------
 
 
-def row(suite, provider, metric, median, **case):
-    return {
-        "op": "draft_extend",
-        "suite": suite,
-        "case": case,
-        "provider": provider,
-        "metric": metric,
-        "median": median,
-        "p20": median * 0.9,
-        "p80": median * 1.1,
-    }
-
-
 def stored(**changes: float) -> dict:
     """A run that meets every target; ``changes`` replace end-to-end times at bs 32."""
     whole = {
@@ -891,34 +854,44 @@ def stored(**changes: float) -> dict:
     }
     whole.update({name.replace("_", "-"): value for name, value in changes.items()})
     rows = [
-        row("seed", provider, "end_to_end_us", us * factor, bs=bs, rows=3 * bs, capacity=4 * bs)
+        stored_row(
+            "seed", provider, "end_to_end_us", us * factor, bs=bs, rows=3 * bs, capacity=4 * bs
+        )
         for provider, us in whole.items()
         for bs, factor in ((4, 0.9), (32, 1.0), (64, 1.2))
     ]
     for provider, us in (("cuda-plan", 1.8), ("cuda-total-tokens", 6.0), ("cuda-async", 2.5)):
-        rows.append(row("seed", provider, "host_us", us, bs=32, rows=97, capacity=110))
-    rows.append(row("seed", "cuda", "gpu_us", 1.4, bs=32, rows=97, capacity=110))
+        rows.append(stored_row("seed", provider, "host_us", us, bs=32, rows=97, capacity=110))
+    rows.append(stored_row("seed", "cuda", "gpu_us", 1.4, bs=32, rows=97, capacity=110))
     for metric, us in (("end_to_end_us", 5.3), ("host_us", 1.5)):
-        rows.append(row("floor", "floor-graph", metric, us, bs=32, rows=96))
+        rows.append(stored_row("floor", "floor-graph", metric, us, bs=32, rows=96))
     for metric, us in (("end_to_end_us", 7.6), ("host_us", 3.5)):
-        rows.append(row("floor", "floor-launch", metric, us, bs=32, rows=96))
-    rows.append(row("floor", "floor-empty", "gpu_us", 0.53, bs=0, rows=0))
+        rows.append(stored_row("floor", "floor-launch", metric, us, bs=32, rows=96))
+    rows.append(stored_row("floor", "floor-empty", "gpu_us", 0.53, bs=0, rows=0))
     for factor in (1, 16):
         for bs in (1, 32, 256, 1024, 4096, 16384, 65536, 262144):
             us = 1.3 * max(1.0, bs / 4096)
             case = {"bs": bs, "rows": 3 * bs, "capacity_factor": factor}
-            rows.append(row("growth-bs", "cuda", "gpu_us", us, **case))
-            rows.append(row("growth-bs", "empty-node", "gpu_us", 0.6, **case))
+            rows.append(stored_row("growth-bs", "cuda", "gpu_us", us, **case))
+            rows.append(stored_row("growth-bs", "empty-node", "gpu_us", 0.6, **case))
     for bs in (1, 1024):
         for rows_ in (1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 26, 1 << 30):
             us = 1.5 + rows_ * 8 / 4.5e6
             for provider, factor in (("cuda", 1.0), ("fill", 0.99)):
-                rows.append(row("growth-t", provider, "gpu_us", us * factor, bs=bs, rows=rows_))
+                rows.append(
+                    stored_row("growth-t", provider, "gpu_us", us * factor, bs=bs, rows=rows_)
+                )
                 bandwidth = rows_ * 8 / 1000 / (us * factor)
-                rows.append(row("growth-t", provider, "gb_per_s", bandwidth, bs=bs, rows=rows_))
+                rows.append(
+                    stored_row("growth-t", provider, "gb_per_s", bandwidth, bs=bs, rows=rows_)
+                )
     for cache, seconds in (("empty", 0.6), ("warm", 0.2)):
-        rows.append(row("cold", "cuda", "first_call_s", seconds, bs=32, cache=cache, call="first"))
-        rows.append(row("cold", "cuda", "first_call_s", 0.002, bs=64, cache=cache, call="later"))
+        rows.append(
+            stored_row("cold", "cuda", "first_call_s", seconds, bs=32, cache=cache, call="first")
+        )
+        rows.append(
+            stored_row("cold", "cuda", "first_call_s", 0.002, bs=64, cache=cache, call="later")
+        )
     environment = {
         "gpu": "A GPU",
         "torch": "2.11",
@@ -939,8 +912,14 @@ def outcome(document: dict, what: str) -> targets.Outcome:
     return found
 
 
+def stored_with_fused(**changes: float) -> dict:
+    document = stored(**changes)
+    document["rows"] += fused_rows()
+    return document
+
+
 def test_targets_met():
-    outcomes = targets.targets(stored())
+    outcomes = targets.targets(stored_with_fused())
     assert [target.what for target in outcomes if target.met is not True] == []
     plan = outcome(stored(), "plan.run()")
     assert plan.measured == pytest.approx(5.5 / 5.3)
@@ -1024,9 +1003,9 @@ def test_steps_of_a_curve():
 
 def test_targets_as_a_command(tmp_path, capsys):
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(stored()))
+    path.write_text(json.dumps(stored_with_fused()))
     assert targets.main([str(path)]) == 0
-    path.write_text(json.dumps(stored(cuda=80.0)))
+    path.write_text(json.dumps(stored_with_fused(cuda=80.0)))
     assert targets.main([str(path)]) == 1
     assert "NO" in capsys.readouterr().out
     assert targets.main([]) == 2

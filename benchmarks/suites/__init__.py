@@ -14,6 +14,7 @@ SUITES: dict[str, str] = {
     "seed": "seed",
     "growth-bs": "growth_bs",
     "growth-t": "growth_t",
+    "fused": "fused",
     "trace": "trace",
 }
 
