@@ -214,7 +214,7 @@ def _no_device() -> str:
     """Why torch has no CUDA device, as far as the driver tells."""
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     found = f"torch {torch.__version__} ({built}) sees no CUDA device"
-    driver = _driver_version()
+    driver = driver_version()
     wanted = int((torch.version.cuda or "0").partition(".")[0])
     if wanted and driver is not None and driver[0] < wanted:
         return (
@@ -227,7 +227,7 @@ def _no_device() -> str:
     )
 
 
-def _driver_version() -> tuple[int, int] | None:
+def driver_version() -> tuple[int, int] | None:
     """The CUDA version that the driver is for; None without a driver."""
     version = ctypes.c_int()
     try:

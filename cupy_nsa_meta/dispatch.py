@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
-from . import _check, _env, _launch, _module, _traced, draft_extend
+from . import _check, _env, _launch, _module, _traced
 from .draft_extend import (
     BLOCK_THREADS,
     LINEAR_SEARCH_MAX_BS,
@@ -250,7 +250,5 @@ def warmup(device: int | torch.device | str | None = None) -> None:
     index = torch.cuda.current_device() if device is None else _check.device_index(device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("cupy_nsa_meta.warmup: not allowed while a CUDA graph is being captured")
-    from . import fused  # which chooses its backend with this module
-
-    draft_extend.warm(index)
-    fused.warm(index)
+    for stem in _module.KERNELS:  # the Python twin of each source file; fused imports this module
+        importlib.import_module(f".{stem}", __package__).warm(index)

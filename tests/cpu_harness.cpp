@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "draft_extend.cu"
-#include "fused.cu"
+// Both are written by cpu_kernels.py: an #include for each file of cuda_src/, a line for each kernel.
+#include "sources.inc"
 
 namespace {
 
@@ -33,18 +33,7 @@ Kernel wrap(void (*kernel)(Args)) {
 }
 
 const std::map<std::string, Kernel> kKernels = {
-    {"draft_extend_warp", wrap(draft_extend_warp)},
-    {"draft_extend_warp_quads", wrap(draft_extend_warp_quads)},
-    {"draft_extend_block", wrap(draft_extend_block)},
-    {"draft_extend_block4", wrap(draft_extend_block4)},
-    {"draft_extend_block4_quads", wrap(draft_extend_block4_quads)},
-    {"draft_extend_large", wrap(draft_extend_large)},
-    {"draft_extend_tiles", wrap(draft_extend_tiles)},
-    {"draft_extend_tiled", wrap(draft_extend_tiled)},
-    {"fused", wrap(fused)},
-    {"fused_direct", wrap(fused_direct)},
-    {"fused_direct_uniform", wrap(fused_direct_uniform)},
-    {"fused_tiles", wrap(fused_tiles)},
+#include "kernels.inc"
 };
 
 void read_exactly(void* to, std::size_t size) {

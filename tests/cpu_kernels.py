@@ -45,11 +45,17 @@ class Patch:
 
 
 @functools.cache
-def build(sanitizer: str, patch: Patch | None = None) -> Path:
+def build(sanitizer: str, patch: Patch | None = None, stem: str | None = None) -> Path:
     """The harness executable, with the sources as they stand or with one fault planted.
+
+    ``stem``: with the kernels of one source file; default: of the faulty one, else of all.
 
     A faulty one runs a case or two, and compiling it is most of its time: it is not optimised.
     """
+    if stem is None and patch is not None and patch.file.endswith(".cu"):
+        stem = patch.file.removesuffix(".cu")
+    stems = tuple(_module.KERNELS) if stem is None else (stem,)
+    kernels = [name for stem in stems for name in _module.KERNELS[stem]]
     folder = Path(tempfile.mkdtemp(prefix="cuda_on_cpu_"))
     sources = folder / "cuda_src"
     shutil.copytree(_module.source_dir(), sources)
@@ -59,9 +65,11 @@ def build(sanitizer: str, patch: Patch | None = None) -> Path:
         assert text.count(patch.old) == 1, f"{patch.old!r} is not once in {patch.file}"
         path.write_text(text.replace(patch.old, patch.new))
     executable = folder / "harness"
+    (folder / "sources.inc").write_text("".join(f'#include "{stem}.cu"\n' for stem in stems))
+    (folder / "kernels.inc").write_text("".join(f'{{"{n}", wrap({n})}},\n' for n in kernels))
     subprocess.run(
         ["g++", "-std=c++20", *(("-O1", "-g") if patch is None else ("-O0",)), "-pthread", "-Wall", "-Wextra", "-Werror",
-         "-Wno-unknown-pragmas", *SANITIZERS[sanitizer], f"-I{sources}", f"-I{TESTS}",
+         "-Wno-unknown-pragmas", *SANITIZERS[sanitizer], f"-I{folder}", f"-I{sources}", f"-I{TESTS}",
          str(TESTS / "cpu_harness.cpp"), "-o", str(executable)],
         check=True,
     )  # fmt: skip

@@ -596,7 +596,6 @@ def test_a_floor_that_cannot_run_is_absent():
 
 
 def test_every_suite_has_a_module():
-    assert set(suites.SUITES) == {"cold", "seed", "growth-bs", "growth-t", "fused", "trace"}
     for name in suites.SUITES:
         assert callable(suites.load(name).run)
 

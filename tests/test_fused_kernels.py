@@ -8,14 +8,9 @@ import cpu_kernels
 from cpu_kernels import HarnessError, Patch
 from cupy_nsa_meta import reference_fused
 from fused_cases import BY_NAME, CASES, FUNCTIONS, random_cases
+from operations import OPERATIONS
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
-
-# Under ThreadSanitizer a block costs a quarter of a second: the cases that differ in barriers.
-RACE_CASES = [
-    "decode_bs_33", "verify_bs_257", "draft_extend_bs_257", "extend_padded_cut", "extend_flattened_unaligned",
-    "draft_extend_zero_runs", "verify_aligned", "draft_extend_outside_pool", "draft_extend_static",
-]  # fmt: skip
 
 
 def run_cases(executable, cases, tiled=False):
@@ -31,18 +26,16 @@ def random_batches(seed):
     ]
 
 
-def test_named_cases_plain():
-    run_cases(cpu_kernels.build("plain"), CASES)
-
-
 def test_named_cases_in_the_two_launch_form():
-    run_cases(cpu_kernels.build("plain"), CASES, tiled=True)
+    run_cases(cpu_kernels.build("plain", stem="fused"), CASES, tiled=True)
 
 
 def test_a_total_that_only_bounds_the_rows():
     cases = [case for case in CASES if case.op in ("draft_extend", "extend")]
     items = [cpu_kernels.fused_job(case, total_is_capacity=True) for case in cases]
-    results = cpu_kernels.run(cpu_kernels.build("plain"), [item.job for item in items])
+    results = cpu_kernels.run(
+        cpu_kernels.build("plain", stem="fused"), [item.job for item in items]
+    )
     for item, buffers in zip(items, results, strict=True):
         cpu_kernels.check_fused(item, buffers)
     by_name = {item.case.name: int(reference_fused.metadata(item.call)) for item in items}
@@ -51,22 +44,22 @@ def test_a_total_that_only_bounds_the_rows():
     assert by_name["draft_extend_extend_negative"] == 2
 
 
-def test_named_cases_under_address_and_undefined_behaviour_sanitizers():
-    run_cases(cpu_kernels.build("address"), CASES)
-
-
 def test_two_launch_form_under_address_sanitizer():
     names = ["draft_extend_bs_600", "extend_bs_257", "extend_flattened_unaligned", "decode_empty"]
-    run_cases(cpu_kernels.build("address"), [BY_NAME[name] for name in names], tiled=True)
+    run_cases(
+        cpu_kernels.build("address", stem="fused"), [BY_NAME[name] for name in names], tiled=True
+    )
 
 
-@pytest.mark.parametrize("tiled", [False, True])
-def test_named_cases_under_thread_sanitizer(tiled):
-    run_cases(cpu_kernels.build("thread"), [BY_NAME[name] for name in RACE_CASES], tiled)
+def test_two_launch_form_under_thread_sanitizer():
+    names = OPERATIONS["fused"].race_cases
+    run_cases(
+        cpu_kernels.build("thread", stem="fused"), [BY_NAME[name] for name in names], tiled=True
+    )
 
 
 def test_random_batches_under_address_sanitizer():
-    run_cases(cpu_kernels.build("address"), random_batches(21))
+    run_cases(cpu_kernels.build("address", stem="fused"), random_batches(21))
 
 
 # ---- Planted faults: a check that cannot fail is not one ----------------------------------------

@@ -477,7 +477,7 @@ def test_a_driver_that_is_too_old_for_torch(monkeypatch, driver, said):
     """torch sees no device then, and the driver's own number tells why."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(_module, "_driver_version", lambda: driver)
+    monkeypatch.setattr(_module, "driver_version", lambda: driver)
     _module.import_cupy.cache_clear()
     with pytest.raises(_module.KernelUnavailableError) as caught:
         _module.import_cupy()

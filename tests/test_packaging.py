@@ -48,25 +48,37 @@ def check_wheel(wheel: Path, folder: Path) -> None:
     assert {Path(n).name for n in names if n.startswith("cupy_nsa_meta/cuda_src/")} == sources()
     assert "cupy_nsa_meta/py.typed" in names
     (entry_points,) = (n for n in names if n.endswith(".dist-info/entry_points.txt"))
-    assert (folder / entry_points).read_text().split("\n\n")[0].splitlines() == [
-        "[sglang.srt.plugins]",
-        "cupy_nsa_meta = cupy_nsa_meta.integrations.sglang:plugin",
+    sections = [part.splitlines() for part in (folder / entry_points).read_text().split("\n\n")]
+    assert sections == [
+        ["[console_scripts]", "cupy-nsa-meta = cupy_nsa_meta.__main__:main"],
+        ["[sglang.srt.plugins]", "cupy_nsa_meta = cupy_nsa_meta.integrations.sglang:plugin"],
     ]
     assert not [n for n in names if n.startswith(("tests", "benchmarks", "cuda_src"))]
     # Imported from there, with the checkout out of reach, the sources are found and are the same.
-    done = subprocess.run(
-        [sys.executable, "-P", "-c",
-         "import cupy_nsa_meta as m; from cupy_nsa_meta import _module as d; "
-         "print(m.__file__); print(d.source_digest())"],
-        env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
+    done = run(
+        folder, "-c",
+        "import cupy_nsa_meta as m; from cupy_nsa_meta import _module as d; "
+        "print(m.__file__); print(d.source_digest())",
     )  # fmt: skip
     where, digest = done.stdout.split()
     assert Path(where).is_relative_to(folder)
     assert digest == _module.source_digest()
+    # So does the command line, less the benchmark, which the wheel does not bring.
+    assert "seqlens_expanded" in run(folder, "-m", "cupy_nsa_meta", "demo").stdout
+    done = run(folder, "-m", "cupy_nsa_meta", "bench", status=1)
+    assert "part of the source checkout and not of the wheel" in done.stderr
+
+
+def run(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-P", *words],
+        env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stderr
+    return done
 
 
 def test_wheel(tmp_path):
@@ -83,6 +95,7 @@ def test_wheel_from_the_sdist(tmp_path):
         "README.md",
         "pyproject.toml",
         "tests/cases.py",
+        "docs/api.md",
         "examples/data_parallel.py",
     ):
         assert (unpacked / name).is_file(), name
