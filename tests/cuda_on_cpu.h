@@ -104,12 +104,16 @@ class Block {
   std::vector<std::thread> threads_;
 };
 
+inline Block& the_block() {
+  static Block block;
+  return block;
+}
+
 // Runs kernel(args) for every thread of `grid` blocks of kThreads threads.
 template <class Args>
 void launch(void (*kernel)(Args), unsigned grid, const Args& args) {
-  static Block block_threads;
   gridDim.x = grid;
-  block_threads.run([&] {
+  the_block().run([&] {
     for (unsigned block = 0; block < grid; ++block) {
       blockIdx.x = block;
       kernel(args);

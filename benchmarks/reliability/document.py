@@ -13,6 +13,7 @@ from . import KEYS, TOOLS, Result
 Document = dict[str, Any]
 NEEDS_NO_GPU = frozenset(("random-cpu",))  # may be measured on another machine than the rest
 CPU = "CPU"
+RANDOM_HALVES = {"random-gpu": "gpu", "random-cpu": "cpu_sanitized"}
 RANDOM_LABELS = {
     "seed": "seed operation",
     "decode": "decode",
@@ -55,10 +56,13 @@ def merged(document: Document, environment: Result, part: str, result: Result) -
     measured["device"] = CPU if part in NEEDS_NO_GPU else environment.get("gpu")
     section = dict(document.get(key, {}))
     if key == "random":
-        half = "gpu" if part == "random-gpu" else "cpu_sanitized"
+        half = RANDOM_HALVES[part]
         section.pop(f"failed_{half}", None)
         for name, value in result.items():
-            section[name] = value if name.startswith("failed") else section.get(name, {}) | value
+            if name in RANDOM_LABELS:
+                section[name] = section.get(name, {}) | value
+            elif name == "failed":
+                section[f"failed_{half}"] = value
         section["measured"] = section.get("measured", {}) | {half: measured}
         section["ok"] = all(ok is True for ok in _random_verdicts(section))
     else:
@@ -133,16 +137,15 @@ def _random_rows(key: str, section: Result) -> list[tuple[str, str, str]]:
             for name, label in RANDOM_LABELS.items()
             if half in section.get(name, {})
         }
-        if not parts:
+        failed = section.get(f"failed_{half}")
+        if not parts and not failed:
             continue
         done = ", ".join(
             f"{label} {_of(own['batches'], own['of_batches'])}" for label, own in parts.items()
         )
         mismatches = sum(own["mismatches"] for own in parts.values())
-        verdict = {"ok": not mismatches, "failed": section.get(f"failed_{half}")}
-        if verdict["failed"]:
-            verdict["ok"] = False
-        found = _verdict(verdict, f"{mismatches:,} mismatches")
+        good = not mismatches and not failed
+        found = _verdict({"ok": good, "failed": failed}, f"{mismatches:,} mismatches")
         rows.append((f"random batches, {where}, all bytes compared", done, found))
     return rows
 

@@ -97,7 +97,7 @@ def _as_random(counts: Result, which: str, failed: Sequence[str]) -> Result:
     }
     missing = [name for name in random_batches.FUNCTIONS if name not in counts]
     if failed or missing:
-        section[f"failed_{which}"] = failed[0] if failed else f"not run: {', '.join(missing)}"
+        section["failed"] = failed[0] if failed else f"not run: {', '.join(missing)}"
     return section
 
 
