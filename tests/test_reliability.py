@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from benchmarks.reliability import (
 )
 from cases import BY_NAME
 from cases import CASES as SEED_CASES
-from cupy_nsa_meta import _module
+from cupy_nsa_meta import _module, fused
 from cupy_nsa_meta._status import FATAL
 from fused_cases import FUNCTIONS
 from fused_cases import random_cases as random_fused_cases
@@ -182,13 +183,13 @@ ZERO = CLEAN.format("ERROR", "0 errors")
 
 
 def test_a_clean_run_whose_planted_fault_is_caught(tool):
-    tool.says(ZERO, MEMCHECK.replace("void nsa::store_row", "draft_extend_warp"), **GOOD)
+    tool.says(ZERO, MEMCHECK, **GOOD)
     section = sanitizer.run("memcheck", 9, False, nothing)
     assert section["ok"] is True
     assert (section["errors"], section["cases"], section["tool"]) == (0, 9, "2025.3.1.0")
     fault = section["planted_fault"]
     assert fault["caught"]
-    assert fault["report"].startswith("Invalid __global__ write of size 4 bytes at draft_extend")
+    assert fault["report"].startswith("Invalid __global__ write of size 4 bytes at void nsa::store")
     (clean, at), (faulty, elsewhere) = tool.calls
     assert clean[:2] == ["--tool", "memcheck"]
     assert clean.count("--kernel-name") == len(_module.KERNELS)
@@ -210,7 +211,7 @@ def test_initcheck_leaves_outputs_unwritten(tool):
     [
         pytest.param(MEMCHECK, MEMCHECK, {}, id="errors"),
         pytest.param(ZERO, ZERO, {}, id="blind"),
-        pytest.param(ZERO, MEMCHECK.replace("draft_extend", "other"), {}, id="other_kernel"),
+        pytest.param(ZERO, INITCHECK, {}, id="another_error"),
         pytest.param(ZERO, MEMCHECK, {"mismatches": 1}, id="mismatch"),
         pytest.param(ZERO, MEMCHECK, {"kernels": ["fused"]}, id="kernels_missed"),
         pytest.param(ZERO, MEMCHECK, {"cases": 0}, id="no_case"),
@@ -290,6 +291,31 @@ def test_every_named_case_is_checked(fresh, monkeypatch, capsys):
     names = [name for name in names if name not in LARGE][:: 4 if fresh else 1]
     result = sanitized.run(names, CPU, fresh, nothing)
     assert (result["cases"], result["mismatches"]) == (len(names), 0), result
+
+
+@pytest.mark.parametrize("num_sms", [132, 148])
+def test_the_named_cases_reach_every_kernel(num_sms, monkeypatch):
+    """Of the GPU's size: what a tool has not seen it cannot have found clean."""
+    monkeypatch.setattr(cpu_kernels, "NUM_SMS", num_sms)
+    kernels = set()
+    for name in sanitized.case_names(quick=False):
+        if name in sanitized.SEED:
+            launches = cpu_kernels.draft_extend_job(sanitized.SEED[name]).launches
+        else:
+            call = cpu_kernels.fused_call(sanitized.FUSED[name])
+            shape = fused.geometry(call, num_sms)
+            launches = fused.launches(call, shape, call.bs > fused.ONE_LAUNCH_MAX_BS)
+        kernels |= {kernel for kernel, _ in launches}
+    assert kernels == set(sanitizer.all_kernels())
+
+
+def test_a_planted_package_is_the_one_that_runs(tmp_path):
+    (tmp_path / "copy").mkdir()
+    sanitizer.copy_package(tmp_path / "copy", sanitizer.PLANTED["memcheck"].patch)
+    (tmp_path / "copy" / "cupy_nsa_meta" / "__init__.py").write_text("raise SystemExit('copy')")
+    command = [sys.executable, "-m", "benchmarks.reliability.sanitized", "--result", "x"]
+    status, words = processes.run(command, 60, nothing, tmp_path / "copy")
+    assert (status, words) == (1, "copy")
 
 
 LARGE = {item.name for item in sanitized.fused_cases.LARGE_CASES}
@@ -436,31 +462,49 @@ def test_soak_counts_and_looks_at_memory(monkeypatch, capsys):
 def test_a_leak_is_not_flat():
     watch = soak.Watch("cpu")
     watch.look()
-    held = torch.ones(32 << 20, dtype=torch.uint8)
-    watch.look()
+    with mmap.mmap(-1, 32 << 20) as held:  # not of memory that was freed before
+        held.write(b"x" * len(held))
+        watch.look()
     assert watch.result()["flat"] is False
     assert watch.result()["growth"]["host"] > soak.HOST_TOLERANCE
-    assert held.sum() == 32 << 20
+
+
+RAISED = {"seconds": 0.02, "error": "CUDARuntimeError", "message": "illegal", "result": None}
+FREE = {"seconds": 0.1, "ticks": 88, "longest_gap_seconds": 0.002, "result": 5, "error": None}
 
 
 @pytest.mark.parametrize(
-    ("outcome", "good"),
+    ("changes", "good"),
     [
-        ({"ok": True, "seconds": 0.1}, True),
-        ({"ok": False, "raised": True}, False),
-        ({"raised": True, "seconds": 0.2}, True),
-        ({"raised": True, "quick": False}, False),
-        ({"seconds": 0.2}, False),
+        ({}, True),
+        ({"result": 5, "error": None}, False),
+        ({"error": "hang"}, False),
+        ({"error": "ended", "seconds": None}, False),
+        ({"seconds": 1.5}, False),
     ],
 )
-def test_verdicts_on_faults(outcome, good):
-    assert hostility.is_good(outcome) is good
+def test_verdicts_on_faults(changes, good):
+    assert hostility.is_raised(RAISED | changes) is good
+
+
+@pytest.mark.parametrize(
+    ("changes", "good"),
+    [
+        ({}, True),
+        ({"error": "hang"}, False),
+        ({"ticks": 3}, False),
+        ({"longest_gap_seconds": 0.09}, False),
+    ],
+)
+def test_verdicts_on_waiting(changes, good):
+    assert hostility.ran_meanwhile(FREE | changes) is good
 
 
 def test_hang_and_bad_input_take_the_tests_functions(monkeypatch, capsys):
     class Faults:
-        fault_in_between = staticmethod(lambda: {"ok": True, "seconds": 0.1})
-        gil_is_free = staticmethod(lambda: {"ok": False, "ticks": 0})
+        CALLS = ("call", "plan")
+        fault_in_between = staticmethod(lambda form: RAISED)
+        gil_is_free = staticmethod(lambda form: FREE if form == "call" else FREE | {"ticks": 0})
 
     class Hostile:
         run = staticmethod(lambda device: {"kinds": 41, "cases": 300, "failures": []})
@@ -469,12 +513,18 @@ def test_hang_and_bad_input_take_the_tests_functions(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "hostile", Hostile)
     found = hostility.hang(CPU, nothing)
     assert found["ok"] is False
-    assert found["gil_is_free"] == {"ok": False, "ticks": 0}
+    assert found["gil_is_free"]["plan"]["ticks"] == 0
+    assert found["fault_in_between"] == {"call": RAISED, "plan": RAISED}
+    assert "**failed**" in document.table({"hang": found})
+    Faults.gil_is_free = staticmethod(lambda form: FREE)
+    assert hostility.hang(CPU, nothing)["ok"] is True
     assert hostility.bad_input(CPU, nothing)["ok"] is True
     Hostile.run = staticmethod(lambda device: {"kinds": 39, "cases": 300, "failures": []})
     assert hostility.bad_input(CPU, nothing)["ok"] is False
     Hostile.run = staticmethod(lambda device: {"kinds": 41, "cases": 300, "failures": ["decode"]})
-    assert hostility.bad_input(CPU, nothing)["ok"] is False
+    found = hostility.bad_input(CPU, nothing)
+    assert found["ok"] is False
+    assert "first: decode" in document.table({"bad_input": found})
 
 
 # ---- Processes ----------------------------------------------------------------------------------
@@ -578,7 +628,10 @@ def whole():
         {"ok": True, "threads": 8, "streams": 64, "seconds": 60.0, "operations": work, "mismatches": 0},
     )  # fmt: skip
     found = document.merged(
-        found, ABOUT, "hang", {"ok": True, "fault_in_between": {"ok": True, "seconds": 0.0123}}
+        found,
+        ABOUT,
+        "hang",
+        {"ok": True, "fault_in_between": {"call": RAISED}, "gil_is_free": {"plan": FREE}},
     )
     found = document.merged(
         found, ABOUT, "bad_input", {"ok": True, "kinds": 44, "cases": 500, "failures": []}
@@ -596,7 +649,7 @@ def test_the_table():
     assert all(line.count("|") == 4 for line in rows)
     for words in (
         "memcheck", "213 cases, 2 kernels, 41 s", "planted fault caught: Invalid / write",
-        "decode 10,", "7 of 10", "8 threads, 64 streams", "capture 12,345", "seconds 0.0123",
+        "decode 10,", "7 of 10", "8 threads, 64 streams", "capture 12,345", "within 0.020 s", "2.0 ms at most",
         "500 calls of 44 kinds", "1,000,000 in 7 s", "host +4 KiB", "NVIDIA H200", "commit abc",
     ):  # fmt: skip
         assert words in text, words

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import BenchError
-from . import KEYS, TOOLS, Result
+from . import KEYS, TOOLS, Result, hostility
 
 Document = dict[str, Any]
 NEEDS_NO_GPU = frozenset(("random-cpu",))  # may be measured on another machine than the rest
@@ -160,32 +160,36 @@ def _threads_rows(key: str, section: Result) -> list[tuple[str, str, str]]:
 
 
 def _hang_rows(key: str, section: Result) -> list[tuple[str, str, str]]:
-    titles = {
-        "fault_in_between": "a kernel that faults before ours",
-        "gil_is_free": "Python while a call waits",
-    }
-    rows = []
-    for name, title in titles.items():
-        if name in section:
-            facts = {k: v for k, v in section[name].items() if k != "ok"}
-            words = _short(", ".join(f"{k} {_value(v)}" for k, v in facts.items()))
-            good = "as promised" if section["ok"] else "**failed**"
-            rows.append((title, words, good))
-    return rows or [("faults in between", "nothing", _verdict(section, ""))]
-
-
-def _value(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if "fault_in_between" not in section:
+        return [("faults in between", "nothing", _verdict(section, ""))]
+    faults, waits = section["fault_in_between"], section["gil_is_free"]
+    slowest = max(found["seconds"] or 0 for found in faults.values())
+    raised = f"error raised within {slowest:.3f} s, no total"
+    gap = max(found.get("longest_gap_seconds", 0) for found in waits.values())
+    ran = f"a second thread waited {1000 * gap:.1f} ms at most"
+    good_faults = all(map(hostility.is_raised, faults.values()))
+    good_waits = all(map(hostility.ran_meanwhile, waits.values()))
+    return [
+        (
+            "a kernel that faults before ours",
+            f"waiting by {', '.join(faults)}",
+            _verdict({"ok": good_faults, "failed": str(faults)}, raised),
+        ),
+        (
+            "Python behind 100 ms of GPU work",
+            f"waiting by {', '.join(waits)}",
+            _verdict({"ok": good_waits, "failed": str(waits)}, ran),
+        ),
+    ]
 
 
 def _bad_input_rows(key: str, section: Result) -> list[tuple[str, str, str]]:
     if "cases" not in section:
         return [("hostile arguments", "nothing", _verdict(section, ""))]
-    kinds = section["kinds"] if isinstance(section["kinds"], int) else len(section["kinds"])
+    done = f"{section['cases']:,} calls of {section['kinds']} kinds"
     failed = section["failures"]
-    number = failed if isinstance(failed, int) else len(failed)
-    done = f"{section['cases']:,} calls of {kinds} kinds"
-    found = _verdict(section, f"{number:,} without their error, nothing written")
+    verdict = {"ok": section["ok"], "failed": f"{len(failed)}, first: {[*failed, 'none'][0]}"}
+    found = _verdict(verdict, "each its error, nothing written")
     return [("hostile arguments to every public function", done, found)]
 
 
