@@ -123,9 +123,13 @@ def measure(args: argparse.Namespace, command: str) -> int:
 
 def _measured(part: str, device: str, args: argparse.Namespace) -> Result:
     """A part's result; an error of the measurement itself is stored, the others go on."""
-    print(f"{part} ...", flush=True)
+
+    def say(text: str) -> None:
+        print("\n".join(f"[{part}] {line}" for line in text.splitlines()), flush=True)
+
+    say("begins")
     try:
-        return sections.measure(part, device, args.budget, args.quick)
+        return sections.measure(part, device, args.budget, args.quick, say)
     except Exception as error:
         return {"ok": False, "failed": f"{type(error).__name__}: {error}"}
 
