@@ -246,13 +246,13 @@ def _cell(value: float | None) -> str:
     return "" if value is None else number(value)
 
 
-def inserted(text: str, content: str, where: str) -> str:
+def inserted(text: str, content: str, where: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with everything between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise BenchError(f"{where}: expected one {BEGIN} before one {END}")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    return f"{head}{BEGIN}\n{content}\n{END}{tail}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise BenchError(f"{where}: expected one {begin} before one {end}")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,6 +13,8 @@ from cupy_nsa_meta._status import FATAL, INT32_MAX
 
 POISON = -1234567  # no length is negative, so no row equals it
 DTYPES = {"int32": torch.int32, "int64": torch.int64}
+#: Quad mode begins at a million rows; where rows are slow, it is shown with fewer.
+QUADS_MIN_ROWS = 20_000
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-from cases import POISON, Case, Expected
+from cases import POISON, QUADS_MIN_ROWS, Case, Expected
 from cupy_nsa_meta import _check, _module, draft_extend, fused, reference_fused
 from cupy_nsa_meta._check import DraftExtendKey, FusedCall
 from fused_cases import Built, FusedCase
+from planted import Patch
 
 TESTS = Path(__file__).resolve().parent
 NUM_SMS = 1  # six blocks at most: they run one after another, and large batches reach quad mode
@@ -33,15 +34,6 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
 }
 has_compiler = shutil.which("g++") is not None
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A fault to plant: one text of one source file, replaced."""
-
-    file: str
-    old: str
-    new: str
 
 
 @functools.cache
@@ -60,10 +52,7 @@ def build(sanitizer: str, patch: Patch | None = None, stem: str | None = None) -
     sources = folder / "cuda_src"
     shutil.copytree(_module.source_dir(), sources)
     if patch is not None:
-        path = sources / patch.file
-        text = path.read_text()
-        assert text.count(patch.old) == 1, f"{patch.old!r} is not once in {patch.file}"
-        path.write_text(text.replace(patch.old, patch.new))
+        patch.apply(sources)
     executable = folder / "harness"
     (folder / "sources.inc").write_text("".join(f'#include "{stem}.cu"\n' for stem in stems))
     (folder / "kernels.inc").write_text("".join(f'{{"{n}", wrap({n})}},\n' for n in kernels))
@@ -138,10 +127,6 @@ class Job:
 
 EPOCH = 77
 EXTEND, SEQ, EXPANDED, CLAMPED, OUT_TOTAL, RESULT, SCRATCH, COUNT = range(8)
-
-
-#: Quad mode begins at a million rows; on the CPU it is shown with fewer.
-QUADS_MIN_ROWS = 20_000
 
 
 def draft_extend_job(case: Case, use_adaptive: bool = True, counted: bool = False) -> Job:

@@ -8,6 +8,7 @@
 #include <barrier>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <thread>
 #include <vector>
 
@@ -73,22 +74,55 @@ inline T exchange(T value, int source_lane) {
   return got;
 }
 
+// The threads of a block, from the first launch to the end of the process: under a sanitizer it takes
+// longer to make them than to run a block.
+class Block {
+ public:
+  Block() {
+    for (unsigned thread = 0; thread < kThreads; ++thread) {
+      threads_.emplace_back([this, thread] {
+        threadIdx.x = thread;
+        for (begin_.arrive_and_wait(); work_; begin_.arrive_and_wait()) {
+          work_();
+          end_.arrive_and_wait();
+        }
+      });
+    }
+  }
+  ~Block() {
+    work_ = nullptr;
+    begin_.arrive_and_wait();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  // Runs `work` in every thread and waits for all.
+  void run(const std::function<void()>& work) {
+    work_ = work;
+    begin_.arrive_and_wait();
+    end_.arrive_and_wait();
+  }
+
+ private:
+  std::barrier<> begin_{kThreads + 1}, end_{kThreads + 1};
+  std::function<void()> work_;
+  std::vector<std::thread> threads_;
+};
+
+inline Block& the_block() {
+  static Block block;
+  return block;
+}
+
 // Runs kernel(args) for every thread of `grid` blocks of kThreads threads.
 template <class Args>
 void launch(void (*kernel)(Args), unsigned grid, const Args& args) {
   gridDim.x = grid;
-  std::vector<std::thread> threads;
-  for (unsigned thread = 0; thread < kThreads; ++thread) {
-    threads.emplace_back([=] {
-      threadIdx.x = thread;
-      for (unsigned block = 0; block < grid; ++block) {
-        blockIdx.x = block;
-        kernel(args);
-        block_barrier.arrive_and_wait();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  the_block().run([&] {
+    for (unsigned block = 0; block < grid; ++block) {
+      blockIdx.x = block;
+      kernel(args);
+      block_barrier.arrive_and_wait();
+    }
+  });
 }
 
 }  // namespace cuda_on_cpu

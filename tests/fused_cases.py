@@ -521,3 +521,14 @@ def random_cases(
             item = dataclasses.replace(item, total_len=cut, static=False, pad_to=pad_to)
         items.append(item)
     return items
+
+
+def shuffled(item: FusedCase, seed: int) -> FusedCase:
+    """The same sizes with other lengths: KV lengths drawn anew, extend lengths and requests permuted."""
+    rng = np.random.default_rng(seed)
+    return dataclasses.replace(
+        item,
+        seq=tuple(int(n) for n in rng.integers(0, item.width + 20, item.bs)),
+        extend=tuple(int(n) for n in rng.permutation(item.extend)),
+        pool=tuple(int(n) for n in rng.permutation(item.bs + 3)[: item.bs]),
+    )

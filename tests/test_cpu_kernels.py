@@ -8,7 +8,8 @@ import pytest
 
 import cpu_kernels
 from cases import BY_NAME, CASES, random_batches
-from cpu_kernels import HarnessError, Patch
+from cpu_kernels import HarnessError
+from planted import Patch
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 import cpu_kernels
-from cpu_kernels import HarnessError, Patch
+from cpu_kernels import HarnessError
 from cupy_nsa_meta import reference_fused
 from fused_cases import BY_NAME, CASES, FUNCTIONS, random_cases
 from operations import OPERATIONS
+from planted import Patch
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
 

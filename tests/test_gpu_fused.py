@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 import textwrap
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,6 +21,7 @@ from fused_cases import (
     expected,
     lengths,
     random_cases,
+    shuffled,
 )
 from test_fused import ERRORS, MESSAGES
 
@@ -119,17 +118,6 @@ def test_bs_100000_without_tables():
 
 
 # ---- Graphs and streams -------------------------------------------------------------------------
-
-
-def shuffled(item, seed):
-    """The same sizes with other lengths: KV lengths drawn anew, extend lengths and requests permuted."""
-    rng = np.random.default_rng(seed)
-    return dataclasses.replace(
-        item,
-        seq=tuple(int(n) for n in rng.integers(0, item.width + 20, item.bs)),
-        extend=tuple(int(n) for n in rng.permutation(item.extend)),
-        pool=tuple(int(n) for n in rng.permutation(item.bs + 3)[: item.bs]),
-    )
 
 
 GRAPH_CASES = [

@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from test_fused_plan import LAUNCH_ERRORS, sub_batches
-from test_gpu_fused import GRAPH_CASES, shuffled
+from test_gpu_fused import GRAPH_CASES
 
 import cupy_nsa_meta
-from fused_cases import BY_NAME, CASES, FUNCTIONS, LARGE_CASES, Built, expected, random_cases
+from fused_cases import (
+    BY_NAME,
+    CASES,
+    FUNCTIONS,
+    LARGE_CASES,
+    Built,
+    expected,
+    random_cases,
+    shuffled,
+)
 from fused_plans import PLANS, batch_of, plan_of
 from test_fused import MESSAGES
 
