@@ -555,21 +555,26 @@ struct Share {
   u32 per_thread;  // <= kUnroll
 };
 
-// The first `vectors` vectors of a row; the tokens and all rows of `out` are 16-byte aligned.
+// The first `vectors` vectors of a row; the tokens and all rows of `out` are 16-byte aligned. kItems:
+// the largest per_thread.
+template <u32 kItems>
 __device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, const Share& share) {
+#pragma unroll 1
   for (u32 first = share.first; first < vectors; first += share.step) {
     const int4* const from = reinterpret_cast<const int4*>(row.tokens) + first;
-    const u32 left = min((vectors - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
-    int4 values[kUnroll];
+    u32 left = 1;
+    if constexpr (kItems > 1)
+      left = min((vectors - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
+    int4 values[kItems];
 #pragma unroll
-    for (u32 k = 0; k < kUnroll; ++k) {
+    for (u32 k = 0; k < kItems; ++k) {
       if (k < left) values[k] = from[k * kBlockThreads];
     }
     int* out = row.out + static_cast<i64>(first) * kVectorColumns;
 #pragma unroll 1
     for (int r = 0; r < row.num_rows; ++r) {
 #pragma unroll
-      for (u32 k = 0; k < kUnroll; ++k) {
+      for (u32 k = 0; k < kItems; ++k) {
         if (k < left) reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];
       }
       out += row.stride;
@@ -578,25 +583,40 @@ __device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, c
 }
 
 // Items [begin, end) of a row, the tokens at the columns item << shift: only they are read.
+template <u32 kItems>
 __device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 end, const Share& share,
                                             int shift) {
+#pragma unroll 1
   for (u32 first = begin + share.first; first < end; first += share.step) {
-    const u32 left = min((end - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
-    int values[kUnroll];
+    u32 left = 1;
+    if constexpr (kItems > 1) left = min((end - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
+    int values[kItems];
 #pragma unroll
-    for (u32 k = 0; k < kUnroll; ++k) {
+    for (u32 k = 0; k < kItems; ++k) {
       if (k < left) values[k] = __ldg(row.tokens + ((first + k * kBlockThreads) << shift));
     }
     int* out = row.out + first;
 #pragma unroll 1
     for (int r = 0; r < row.num_rows; ++r) {
 #pragma unroll
-      for (u32 k = 0; k < kUnroll; ++k) {
+      for (u32 k = 0; k < kItems; ++k) {
         if (k < left) out[k * kBlockThreads] = values[k] >> shift;
       }
       out += row.stride;
     }
   }
+}
+
+// The first `items` items of a row; by vectors where they can be.
+template <u32 kItems>
+__device__ __forceinline__ void copy_row(const TableRow& row, u32 items, const Share& share, int shift,
+                                         bool has_vectors) {
+  u32 begin = 0;
+  if (has_vectors) {
+    begin = items / kVectorColumns * kVectorColumns;
+    copy_vectors<kItems>(row, items / kVectorColumns, share);
+  }
+  copy_tokens<kItems>(row, begin, items, share, shift);  // behind vectors: three columns at most
 }
 
 // Block `block` of the blocks of one request: first those of page_table_1, then those of
@@ -676,12 +696,7 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
                          (sizeof(int4) - 1);
   const Share share = {block_first + threadIdx.x, static_cast<u32>(blocks) * per_thread * kBlockThreads,
                        per_thread};
-  u32 begin = 0;
-  if (shift == 0 && misaligned == 0) {
-    begin = items / kVectorColumns * kVectorColumns;
-    copy_vectors(row, items / kVectorColumns, share);
-  }
-  copy_tokens(row, begin, items, share, shift);  // behind vectors: three columns at most
+  copy_row<kUnroll>(row, items, share, shift, shift == 0 && misaligned == 0);
 }
 
 // ---- The blocks of tables of fused_direct -------------------------------------------------------
@@ -761,12 +776,12 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
   const int blocks = is_page_1 ? args.page_1_blocks : args.real_page_blocks;
   const Share share = {block_first + static_cast<u32>(thread),
                        static_cast<u32>(blocks) * per_thread * kBlockThreads, per_thread};
-  u32 begin = 0;
-  if (shift == 0 && (args.flags & kHasVectors) != 0) {
-    begin = items / kVectorColumns * kVectorColumns;
-    copy_vectors(row, items / kVectorColumns, share);
+  const bool has_vectors = shift == 0 && (args.flags & kHasVectors) != 0;
+  if (unlikely(per_thread > 1)) {
+    copy_row<kUnroll>(row, items, share, shift, has_vectors);
+  } else {
+    copy_row<1>(row, items, share, shift, has_vectors);
   }
-  copy_tokens(row, begin, items, share, shift);  // behind vectors: three columns at most
 }
 
 }  // namespace nsa
