@@ -112,7 +112,7 @@ def _launchers(
 
     def launch(stream: int) -> None:
         slot.epoch = slot.epoch % EPOCH_MASK + 1
-        if get_device() == state.device:
+        if state.device == get_device():
             graph_launch(graph, stream)
         else:
             with on_device(state.device):
@@ -120,7 +120,7 @@ def _launchers(
 
     def run(stream: int) -> int:
         epoch = slot.epoch = slot.epoch % EPOCH_MASK + 1
-        if get_device() == state.device:
+        if state.device == get_device():
             graph_launch(graph, stream)
         else:
             with on_device(state.device):

@@ -47,15 +47,20 @@ ONE_ROW_PER_REQUEST = 16
 TOTAL_IS_CAPACITY = 32
 HAS_VECTORS = 64
 
-#: Stands for "not given" where an alias keyword or a later default forbids leaving it out.
-REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "<required>"})()
+
+class Required:
+    """Stands for "not given" where an alias keyword or a later default forbids leaving it out."""
+
+    def __repr__(self) -> str:
+        return "<required>"
 
 
-class _Default(int):
+class Default(int):
     """An int that can be told from the same number given by the caller."""
 
 
-_PAGE_SIZE_64 = _Default(64)
+REQUIRED: Any = Required()
+PAGE_SIZE_64 = Default(64)
 
 
 # ---- The launch ---------------------------------------------------------------------------------
@@ -570,14 +575,14 @@ def warm(device: int) -> None:
 
 
 def _page_size(physical_page_size: Any, real_page_size: Any) -> Any:
-    """The page size by either of its names."""
-    if physical_page_size is _PAGE_SIZE_64:
+    """The page size by either of its names; ``torch.compile`` traces types, not identities."""
+    if isinstance(physical_page_size, Default):
         return 64 if real_page_size is None else real_page_size
     if real_page_size is None:
-        if physical_page_size is REQUIRED:
+        if isinstance(physical_page_size, Required):
             raise TypeError("physical_page_size: expected an int, got nothing")
         return physical_page_size
-    if physical_page_size is not REQUIRED:
+    if not isinstance(physical_page_size, Required):
         raise TypeError(
             "physical_page_size, real_page_size: expected one of the two names of the page size, "
             f"got both ({physical_page_size} and {real_page_size})"
@@ -591,9 +596,10 @@ _LATE_INTS = ("next_n", "max_extend_len", "max_total_len")  # of them None is a 
 def _required(**arguments: Any) -> None:
     """Raise for the first argument that is None; called once it is known that one is."""
     for name, value in arguments.items():
-        if value is REQUIRED or (value is None and name not in _LATE_INTS):
-            got = "None" if value is None else "nothing"
-            kind = "an int" if value is REQUIRED else "a torch.Tensor"
+        is_missing = isinstance(value, Required)
+        if is_missing or (value is None and name not in _LATE_INTS):
+            got = "nothing" if is_missing else "None"
+            kind = "an int" if is_missing else "a torch.Tensor"
             raise TypeError(f"{name}: expected {kind}, got {got}")
 
 
@@ -968,7 +974,7 @@ def fused_dsa_extend_metadata(
     total_len: int,
     dsa_index_topk: int,
     max_seqlen_k: int | None = None,
-    physical_page_size: int = _PAGE_SIZE_64,
+    physical_page_size: int = PAGE_SIZE_64,
     pad_to: int | None = None,
     real_page_size: int | None = None,
     cache_seqlens: torch.Tensor | None = None,

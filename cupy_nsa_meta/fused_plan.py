@@ -420,7 +420,7 @@ def plan_fused_dsa_extend_metadata(
     max_total_len: int,
     dsa_index_topk: int,
     max_seqlen_k: int | None = None,
-    physical_page_size: int = fused._PAGE_SIZE_64,
+    physical_page_size: int = fused.PAGE_SIZE_64,
     max_pad_to: int | None = None,
     real_page_size: int | None = None,
     **outputs: torch.Tensor | None,

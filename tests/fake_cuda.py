@@ -11,12 +11,14 @@ import ctypes
 import itertools
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from cupy_nsa_meta import _check, _graphs, _launch, _module, dispatch, draft_extend, fused
+from cupy_nsa_meta import _check, _known, _launch, _module, dispatch, draft_extend, fused
 from cupy_nsa_meta._status import INT32_MAX, Status
+from fake_device import forget_calls, set_stream
 
 NUM_SMS = 132
 _zeros, _empty = torch.zeros, torch.empty
@@ -233,6 +235,20 @@ class FakeCuda:
             ctypes.c_uint64.from_address(result).value = word
 
 
+class _Guards:
+    """Torch's guards, with the device that a tensor is said to be on."""
+
+    def __init__(self, *tensors: torch.Tensor, **options: Any) -> None:
+        self._check = _TENSOR_GUARDS(*tensors, **options).check
+        self._devices = [tensor.get_device() for tensor in tensors]
+
+    def check(self, *tensors: Any) -> bool:
+        return self._check(*tensors) and self._devices == [t.get_device() for t in tensors]
+
+
+_TENSOR_GUARDS = _known._TensorGuards
+
+
 class _Current:
     """``cupy.cuda.Device`` and ``torch.cuda.device`` as context managers."""
 
@@ -270,7 +286,8 @@ def install(patch: pytest.MonkeyPatch, num_devices: int = 2) -> FakeCuda:
         ),
     }.items():
         patch.setattr(torch.cuda, name, function)
-    patch.setattr(_launch, "current_raw_stream", lambda device: cuda.streams.get(device, 0))
+    patch.setattr(_known, "_TensorGuards", _Guards)
+    set_stream(patch, lambda device: cuda.streams.get(device, 0))
     exchange = SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: 0)
     patch.setattr(_launch, "_libcuda", lambda: exchange)
     patch.setattr(_module, "import_cupy", lambda: cuda.cupy)
@@ -278,6 +295,5 @@ def install(patch: pytest.MonkeyPatch, num_devices: int = 2) -> FakeCuda:
     patch.setattr(_launch, "_status_words", {})
     patch.setattr(dispatch, "_chosen", {})
     patch.setattr(dispatch, "_cuda_reasons", {})
-    patch.setattr(fused, "_remembered", {})
-    patch.setattr(_graphs, "_thread", _graphs._Thread())
+    forget_calls(patch)
     return cuda

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
+from collections.abc import Callable
 from itertools import count
 from types import SimpleNamespace
 
@@ -176,20 +177,30 @@ def _array(pointer: int, size: int, stride: int, is_int64: object) -> np.ndarray
     return np.ndarray((size,), dtype, memory, strides=(stride * dtype.itemsize,))
 
 
+def forget_calls(patch: pytest.MonkeyPatch) -> None:
+    """No captured launch and no known call."""
+    thread = _graphs._Thread()
+    for module in (_graphs, draft_extend, fused):
+        patch.setattr(module, "thread", thread)
+    patch.setattr(fused, "_calls", _known.KnownCalls(fused.MAX_KNOWN))
+
+
+def set_stream(patch: pytest.MonkeyPatch, current: Callable[[int], int]) -> None:
+    """Torch's current stream of a device."""
+    for module in (_launch, draft_extend, draft_extend_plan, fused_plan):
+        patch.setattr(module, "current_raw_stream", current)
+
+
 @pytest.fixture
 def fake_device(monkeypatch) -> FakeState:
     """CPU tensors go the way of CUDA tensors; ``fake_device.stream`` is torch's current stream."""
     state = FakeState()
     state.stream = 0
-    for module in (_launch, draft_extend, draft_extend_plan, fused_plan):
-        monkeypatch.setattr(module, "current_raw_stream", lambda device: state.stream)
+    set_stream(monkeypatch, lambda device: state.stream)
+    forget_calls(monkeypatch)
     monkeypatch.setattr(_launch, "device_state", lambda device, stem="draft_extend": state)
     monkeypatch.setattr(_launch, "relaxed_capture", lambda: state._on_device(DEVICE))
     monkeypatch.setattr(_graphs, "relaxed_capture", lambda: state._on_device(DEVICE))
-    monkeypatch.setattr(_graphs, "thread", _graphs._Thread())
-    monkeypatch.setattr(draft_extend, "thread", _graphs.thread)
-    monkeypatch.setattr(fused, "thread", _graphs.thread)
-    monkeypatch.setattr(fused, "_calls", _known.KnownCalls(fused.MAX_KNOWN))
     monkeypatch.setattr(fused, "_runs_cuda", lambda device: True)
     monkeypatch.setattr(dispatch, "choose", lambda device: dispatch.CUDA)
     original = _check.draft_extend

@@ -673,8 +673,13 @@ def cases(device: str) -> Iterator[tuple[str, str]]:
             yield kind_name, surface_name
 
 
-def run_case(kind_name: str, surface_name: str, device: str) -> tuple[int, list[str]]:
-    """Try a kind on every argument of its role: attempts and failures."""
+def run_case(
+    kind_name: str, surface_name: str, device: str, calls_before: int = 0
+) -> tuple[int, list[str]]:
+    """Try a kind on every argument of its role: attempts and failures.
+
+    ``calls_before``: good calls with the same tensors, which are known then.
+    """
     kind = KINDS[kind_name]
     attempts, failures = 0, []
     names = ("",) if kind.role == "call" else getattr(SURFACES[surface_name](device), kind.role)
@@ -684,6 +689,8 @@ def run_case(kind_name: str, surface_name: str, device: str) -> tuple[int, list[
         if changes is None:
             continue
         attempts += 1
+        for _ in range(calls_before):
+            surface.function(**surface.arguments)
         wrong = attempt(
             surface.function,
             surface.arguments | changes,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hostile
-from cupy_nsa_meta import fused
+from cupy_nsa_meta import _known
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning"
@@ -24,11 +24,22 @@ def test_every_kind(surface):
     assert attempts or surface == "warmup"  # which says first that there is no GPU
 
 
-@pytest.mark.parametrize("surface", ["decode", "verify", "draft_extend", "extend"])
-def test_every_kind_where_known_calls_are_looked_up(surface, monkeypatch):
-    """CUDA tensors of the fused family are looked at before they are checked."""
-    monkeypatch.setattr(fused, "_is_cuda", lambda tensor: isinstance(tensor, torch.Tensor))
-    test_every_kind(surface)
+@pytest.mark.parametrize("surface", ["cuda", "async", "decode", "verify", "draft_extend", "extend"])
+def test_every_kind_where_the_call_is_known(surface, fake_device, monkeypatch):
+    """Calls on tensors that were met before are looked up before they are checked."""
+    kept = []
+    keep = _known.KnownCalls.keep
+    monkeypatch.setattr(
+        _known.KnownCalls, "keep", lambda calls, *entry: kept.append(entry) or keep(calls, *entry)
+    )
+    attempts, failures = 0, []
+    for kind in hostile.kinds_of(surface, "cpu"):
+        made, wrong = hostile.run_case(kind, surface, "cpu", calls_before=3)
+        attempts += made
+        failures += wrong
+    assert not failures, "\n".join(failures)
+    assert attempts > 40
+    assert len(kept) > attempts // 2, "the good calls before are known"
 
 
 @pytest.mark.parametrize("kind", hostile.DEVICE_KINDS)

@@ -22,6 +22,7 @@ from cupy_nsa_meta import (
     plan_draft_extend_metadata,
 )
 from cupy_nsa_meta._status import FATAL
+from fake_device import forget_calls
 
 DEVICES = [
     pytest.param("cpu", id="cpu"),
@@ -245,8 +246,7 @@ def test_epochs_wrap():
 
 @pytest.fixture
 def fresh_cache(monkeypatch):
-    monkeypatch.setattr(_graphs, "thread", _graphs._Thread())
-    monkeypatch.setattr(draft_extend, "thread", _graphs.thread)
+    forget_calls(monkeypatch)
     return _graphs
 
 

@@ -311,8 +311,8 @@ def test_the_named_cases_reach_every_kernel(num_sms, monkeypatch):
             launches = cpu_kernels.draft_extend_job(sanitized.SEED[name]).launches
         else:
             call = cpu_kernels.fused_call(sanitized.FUSED[name])
-            shape = fused.geometry(call, num_sms)
-            launches = fused.launches(call, shape, call.bs > fused.ONE_LAUNCH_MAX_BS)
+            tile_sums = int(call.bs > fused.ONE_LAUNCH_MAX_BS)
+            launches = fused.pack(call, num_sms, status=1, tile_sums=tile_sums).launches
         kernels |= {kernel for kernel, _ in launches}
     assert kernels == set(sanitizer.all_kernels())
 
