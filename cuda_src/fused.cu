@@ -342,16 +342,18 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
 
 // ---- The block of 1-D arrays of fused_direct ----------------------------------------------------
 
-constexpr int kDirectLengthBits = 30;  // a KV length, a top-k that cuts
-constexpr int kDirectQueryBits = 20;   // query tokens of a request
+constexpr int kDirectLengthBits = 26;                         // a KV length
+constexpr int kDirectQueryBits = 4;                           // query tokens of a request
+constexpr int kDirectMaxTopk = 1 << (kDirectLengthBits + 1);  // cuts no length
+static_assert((1ll << kDirectQueryBits) * kDirectMaxTopk <= 1ll << 31, "direct_clipped_sum fits 32 bits");
 
-// clipped_sum for first in (-2^20, 2^30 + 2^20), count <= 2^20, topk <= 2^30, modulo 2^32.
-__device__ __forceinline__ u64 direct_clipped_sum(int first, int count, int topk) {
+// clipped_sum for first in (-2^4, 2^26 + 2^4], count < 2^4, topk <= kDirectMaxTopk.
+__device__ __forceinline__ u32 direct_clipped_sum(int first, int count, int topk) {
   const int rise_begin = min(max(-first, 0), count);
   const int rise_end = min(max(topk - first, rise_begin), count);
-  const u64 ends = 2 * static_cast<i64>(first) + rise_begin + rise_end - 1;
-  const u64 rise = static_cast<u64>(static_cast<u32>(rise_end - rise_begin)) * ends / 2;
-  return rise + static_cast<u64>(static_cast<u32>(count - rise_end)) * static_cast<u32>(topk);
+  const u32 ends = static_cast<u32>(2 * first + rise_begin + rise_end - 1);  // 0 <= of a rise < 2^28
+  const u32 rise = static_cast<u32>(rise_end - rise_begin) * ends / 2;
+  return rise + static_cast<u32>(count - rise_end) * static_cast<u32>(topk);
 }
 
 struct DirectShared {
@@ -402,17 +404,19 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   // Cut to the bits that are usual, so that no arithmetic overflows before the others are noticed.
   const int kv = exists ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
   const int q = extend.low & ((1 << kDirectQueryBits) - 1);
-  const int topk = min(args.topk, 1 << kDirectLengthBits);
+  const int topk = min(args.topk, kDirectMaxTopk);
   const int first = kv - q + 1;
-  const u64 clipped = direct_clipped_sum(first, q, topk);
+  const u32 clipped = direct_clipped_sum(first, q, topk);
   u32 unusual = seq.high | static_cast<u32>(seq.low) >> kDirectLengthBits | extend.high |
-                static_cast<u32>(extend.low) >> kDirectQueryBits | static_cast<u32>(clipped >> 31);
+                static_cast<u32>(extend.low) >> kDirectQueryBits;
   if constexpr (!kUniform) unusual |= args.uniform_q >= 0 && exists && q != args.uniform_q ? 1u : 0u;
 
-  u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = static_cast<u32>(clipped);
+  u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = clipped;
   u32 all_sums = kv_upto;
+  const int scanned = spreads ? bs : kWarpThreads;  // lanes
 #pragma unroll
   for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    if (distance >= scanned) break;
     const u32 kv_below = __shfl_up_sync(kFullWarp, kv_upto, distance);
     u32 q_below = 0;
     if constexpr (!kUniform) q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
@@ -427,7 +431,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   unusual |= all_sums >> 31;
   bool is_unusual = __any_sync(kFullWarp, unusual != 0);
   u32 total = args.total_len;
-  if constexpr (!kUniform) total = __shfl_sync(kFullWarp, q_upto, kWarpThreads - 1);
+  if constexpr (!kUniform) total = __shfl_sync(kFullWarp, q_upto, max(scanned - 1, 0));
   if (!spreads) {
     if (lane == kWarpThreads - 1) {
       shared.kv[warp] = kv_upto;
@@ -477,14 +481,13 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   }
   u32 row_begin = static_cast<u32>(idx * q);
   if constexpr (!kUniform) row_begin = q_upto - static_cast<u32>(q);
-  const u32 clipped_begin = clipped_upto - static_cast<u32>(clipped);
+  const u32 clipped_begin = clipped_upto - clipped;
 #pragma unroll 1
   for (int j = spreads ? warp : 0; j < q; j += spreads ? kBlockWarps : 1) {
     const u32 row = row_begin + static_cast<u32>(j);
     const int expanded = max(first + j, 0);
     args.dsa_cache_seqlens[row] = min(expanded, args.topk);
-    args.dsa_cu_seqlens_k[row + 1] =
-        static_cast<int>(clipped_begin + static_cast<u32>(direct_clipped_sum(first, j + 1, topk)));
+    args.dsa_cu_seqlens_k[row + 1] = static_cast<int>(clipped_begin + direct_clipped_sum(first, j + 1, topk));
     if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = expanded;
     if (kUniform && args.paged_mqa_ctx_lens_2d != nullptr) {
       args.paged_mqa_ctx_lens_2d[idx * args.mqa_stride + j] = kv;
@@ -555,26 +558,22 @@ struct Share {
   u32 per_thread;  // <= kUnroll
 };
 
-// The first `vectors` vectors of a row; the tokens and all rows of `out` are 16-byte aligned. kItems:
-// the largest per_thread.
-template <u32 kItems>
+// The first `vectors` vectors of a row; the tokens and all rows of `out` are 16-byte aligned.
 __device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, const Share& share) {
 #pragma unroll 1
   for (u32 first = share.first; first < vectors; first += share.step) {
     const int4* const from = reinterpret_cast<const int4*>(row.tokens) + first;
-    u32 left = 1;
-    if constexpr (kItems > 1)
-      left = min((vectors - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
-    int4 values[kItems];
+    const u32 left = min((vectors - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
+    int4 values[kUnroll];
 #pragma unroll
-    for (u32 k = 0; k < kItems; ++k) {
+    for (u32 k = 0; k < kUnroll; ++k) {
       if (k < left) values[k] = from[k * kBlockThreads];
     }
     int* out = row.out + static_cast<i64>(first) * kVectorColumns;
 #pragma unroll 1
     for (int r = 0; r < row.num_rows; ++r) {
 #pragma unroll
-      for (u32 k = 0; k < kItems; ++k) {
+      for (u32 k = 0; k < kUnroll; ++k) {
         if (k < left) reinterpret_cast<int4*>(out)[k * kBlockThreads] = values[k];
       }
       out += row.stride;
@@ -583,23 +582,21 @@ __device__ __forceinline__ void copy_vectors(const TableRow& row, u32 vectors, c
 }
 
 // Items [begin, end) of a row, the tokens at the columns item << shift: only they are read.
-template <u32 kItems>
 __device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 end, const Share& share,
                                             int shift) {
 #pragma unroll 1
   for (u32 first = begin + share.first; first < end; first += share.step) {
-    u32 left = 1;
-    if constexpr (kItems > 1) left = min((end - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
-    int values[kItems];
+    const u32 left = min((end - first + kBlockThreads - 1) / kBlockThreads, share.per_thread);
+    int values[kUnroll];
 #pragma unroll
-    for (u32 k = 0; k < kItems; ++k) {
+    for (u32 k = 0; k < kUnroll; ++k) {
       if (k < left) values[k] = __ldg(row.tokens + ((first + k * kBlockThreads) << shift));
     }
     int* out = row.out + first;
 #pragma unroll 1
     for (int r = 0; r < row.num_rows; ++r) {
 #pragma unroll
-      for (u32 k = 0; k < kItems; ++k) {
+      for (u32 k = 0; k < kUnroll; ++k) {
         if (k < left) out[k * kBlockThreads] = values[k] >> shift;
       }
       out += row.stride;
@@ -608,15 +605,14 @@ __device__ __forceinline__ void copy_tokens(const TableRow& row, u32 begin, u32 
 }
 
 // The first `items` items of a row; by vectors where they can be.
-template <u32 kItems>
 __device__ __forceinline__ void copy_row(const TableRow& row, u32 items, const Share& share, int shift,
                                          bool has_vectors) {
   u32 begin = 0;
   if (has_vectors) {
     begin = items / kVectorColumns * kVectorColumns;
-    copy_vectors<kItems>(row, items / kVectorColumns, share);
+    copy_vectors(row, items / kVectorColumns, share);
   }
-  copy_tokens<kItems>(row, begin, items, share, shift);  // behind vectors: three columns at most
+  copy_tokens(row, begin, items, share, shift);  // behind vectors: three columns at most
 }
 
 // Block `block` of the blocks of one request: first those of page_table_1, then those of
@@ -696,7 +692,7 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
                          (sizeof(int4) - 1);
   const Share share = {block_first + threadIdx.x, static_cast<u32>(blocks) * per_thread * kBlockThreads,
                        per_thread};
-  copy_row<kUnroll>(row, items, share, shift, shift == 0 && misaligned == 0);
+  copy_row(row, items, share, shift, shift == 0 && misaligned == 0);
 }
 
 // ---- The blocks of tables of fused_direct -------------------------------------------------------
@@ -708,6 +704,49 @@ __device__ __forceinline__ u32 direct_query_tokens(const Length& extend) {
   if (extend.high != 0) return extend.high < 0 ? 0 : kManyRows;
   return static_cast<u32>(extend.low) < kManyRows ? static_cast<u32>(extend.low) : kManyRows;
 }
+
+// An item of a row: four tokens of a vector, up to three where the row ends inside it, or one token.
+struct RowItems {
+  const int* tokens;
+  u32 columns;  // of vectors; else items
+  int shift;
+  bool has_vectors;
+
+  __device__ __forceinline__ u32 count() const {
+    return has_vectors ? (columns + kVectorColumns - 1) / kVectorColumns : columns;
+  }
+
+  __device__ __forceinline__ int4 load(u32 item) const {
+    int4 value = {0, 0, 0, 0};
+    if (!has_vectors) {
+      value.x = __ldg(tokens + (item << shift));
+      return value;
+    }
+    const int* const from = tokens + item * kVectorColumns;
+    const u32 left = columns - item * kVectorColumns;
+    if (left >= kVectorColumns) return *reinterpret_cast<const int4*>(from);
+    value.x = __ldg(from);
+    if (left > 1) value.y = __ldg(from + 1);
+    if (left > 2) value.z = __ldg(from + 2);
+    return value;
+  }
+
+  __device__ __forceinline__ void store(int* row, u32 item, const int4& value) const {
+    if (!has_vectors) {
+      row[item] = value.x >> shift;
+      return;
+    }
+    int* const to = row + item * kVectorColumns;
+    const u32 left = columns - item * kVectorColumns;
+    if (left >= kVectorColumns) {
+      *reinterpret_cast<int4*>(to) = value;
+      return;
+    }
+    to[0] = value.x;
+    if (left > 1) to[1] = value.y;
+    if (left > 2) to[2] = value.z;
+  }
+};
 
 // As table_block; 32-bit numbers, and no more instructions before a load or store than it needs.
 template <bool kUniform>
@@ -753,6 +792,13 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
   row.tokens = args.req_to_token + pool.low * args.token_stride;
   row.out = is_page_1 ? args.page_table_1 : args.real_page_table;
   row.stride = is_page_1 ? args.page_1_stride : args.real_page_stride;
+  // A token is loaded before it is known which rows it goes to.
+  const RowItems row_items = {row.tokens, items, shift, shift == 0 && (args.flags & kHasVectors) != 0};
+  const u32 count = row_items.count();
+  u32 item = block_first + static_cast<u32>(thread);
+  int4 value = {0, 0, 0, 0};
+  if (item < count && per_thread == 1) value = row_items.load(item);
+
   int row_begin = request * args.uniform_q;
   row.num_rows = args.uniform_q;
   if constexpr (!kUniform) {
@@ -773,14 +819,21 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
     if (row.num_rows <= 0) return;
   }
   row.out += row_begin * row.stride;
-  const int blocks = is_page_1 ? args.page_1_blocks : args.real_page_blocks;
-  const Share share = {block_first + static_cast<u32>(thread),
-                       static_cast<u32>(blocks) * per_thread * kBlockThreads, per_thread};
-  const bool has_vectors = shift == 0 && (args.flags & kHasVectors) != 0;
+  const u32 step =
+      static_cast<u32>(is_page_1 ? args.page_1_blocks : args.real_page_blocks) * per_thread * kBlockThreads;
   if (unlikely(per_thread > 1)) {
-    copy_row<kUnroll>(row, items, share, shift, has_vectors);
-  } else {
-    copy_row<1>(row, items, share, shift, has_vectors);
+    copy_row(row, items, {item, step, per_thread}, shift, row_items.has_vectors);
+    return;
+  }
+  while (item < count) {
+    int* out = row.out;
+#pragma unroll 1
+    for (int r = 0; r < row.num_rows; ++r) {
+      row_items.store(out, item, value);
+      out += row.stride;
+    }
+    item += step;
+    if (unlikely(item < count)) value = row_items.load(item);
   }
 }
 
