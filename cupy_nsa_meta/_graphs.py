@@ -79,8 +79,10 @@ class CapturedLaunch:
                 self._exec = runtime.graphInstantiate(graph)
             finally:
                 runtime.graphDestroy(graph)
-        self.launch, self.run = _launchers(state, self._exec, slot)
-        if not answers:  # its kernels have no word to write: the slot was for packing
+        if answers:
+            self.launch, self.run = _launchers(state, self._exec, slot)
+        else:  # its kernels have no word to write: the slot was for packing, and is another's now
+            self.launch = _launcher(state, self._exec)
             self.slot = None
             state.give_slot(slot)
 
@@ -99,32 +101,39 @@ class CapturedLaunch:
             state.retire_slot(slot)
 
 
-def _launchers(
-    state: DeviceState, graph: int, slot: Slot
-) -> tuple[Callable[[int], None], Callable[[int], int]]:
-    """``launch`` and ``run`` of a captured launch.
-
-    Each reads an attribute of the state: in a forked process that raises.
-    """
-    on_device = state.cupy.cuda.Device
+def _launcher(state: DeviceState, graph: int) -> Callable[[int], None]:
+    """Enqueues a graph. Reads an attribute of the state, which raises in a forked process."""
     get_device, graph_launch = state.runtime.getDevice, state.runtime.graphLaunch
-    words, index, wait = state.words, slot.index, state.wait
+    on_device = state.cupy.cuda.Device
 
     def launch(stream: int) -> None:
-        slot.epoch = slot.epoch % EPOCH_MASK + 1
         if state.device == get_device():
             graph_launch(graph, stream)
         else:
             with on_device(state.device):
                 graph_launch(graph, stream)
+
+    return launch
+
+
+def _launchers(
+    state: DeviceState, graph: int, slot: Slot
+) -> tuple[Callable[[int], None], Callable[[int], int]]:
+    """``launch`` and ``run`` of a captured launch whose kernels answer in ``slot``."""
+    get_device, graph_launch = state.runtime.getDevice, state.runtime.graphLaunch
+    words, index, wait = state.words, slot.index, state.wait
+    launch_anywhere = _launcher(state, graph)
+
+    def launch(stream: int) -> None:
+        slot.epoch = slot.epoch % EPOCH_MASK + 1
+        launch_anywhere(stream)
 
     def run(stream: int) -> int:
         epoch = slot.epoch = slot.epoch % EPOCH_MASK + 1
         if state.device == get_device():
             graph_launch(graph, stream)
         else:
-            with on_device(state.device):
-                graph_launch(graph, stream)
+            launch_anywhere(stream)
         for _ in range(QUICK_LOOKS):
             word = words[index]
             if word >> EPOCH_SHIFT == epoch:

@@ -14,6 +14,9 @@ from cases import BY_NAME, CASES, Outputs, case
 from cupy_nsa_meta import _check, _graphs, _known, draft_extend, plan_draft_extend_metadata
 from cupy_nsa_meta._status import FATAL
 from fake_device import FakeState
+from fused_cases import BY_NAME as BY_NAME_FUSED
+from fused_cases import Built
+from fused_plans import plan_of
 
 fill = cupy_nsa_meta.fill_draft_extend_metadata_cuda
 fill_async = cupy_nsa_meta.fill_draft_extend_metadata_async
@@ -235,6 +238,22 @@ def test_slots_of_captured_launches_come_back(fake_device):
     gc.collect()
     assert len(fake_device._free) == fake_device.slots_made
     assert not fake_device.runtime.graphs
+
+
+def test_launches_without_an_answer_leave_slots_alone(fake_device):
+    """Captured launches of the fused family pack in a slot that belongs to others afterwards."""
+    decode = Built(BY_NAME_FUSED["decode_basic_ps64"])
+    for _ in range(4):
+        decode.run()
+    (slot,) = fake_device._free
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    plan = plan_draft_extend_metadata(*arguments)
+    assert plan._captured.slot is slot
+    for _ in range(3):
+        assert plan.run() == 5
+        decode.run()
+    plan_of(decode).launch()
+    assert plan.run() == 5
 
 
 def test_without_the_guards_of_torch(fake_device, monkeypatch):
