@@ -79,8 +79,9 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    if not (ROOT / ".git").exists():  # a copy without history: whoever made it may know
-        return os.environ.get(COMMIT_VARIABLE)
+    known = os.environ.get(COMMIT_VARIABLE)  # of a copy, whose history may be missing or older
+    if known or not (ROOT / ".git").exists():
+        return known
     git = ("git", "--no-optional-locks", "-C", str(ROOT))
     return _output((*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")) or None
 

@@ -94,7 +94,7 @@ VARIABLES = (
         "BENCH_COMMIT",
         "benchmark",
         "a commit",
-        "the commit that is stored with the results of a copy without history",
+        "the commit that is stored with the results, of a copy that does not know it",
     ),
     Variable(
         "CUDA_HOME",
