@@ -63,16 +63,17 @@ class Geometry(NamedTuple):
 def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
     """Kernels and blocks of a call. The host does not know T: the blocks follow the capacity."""
     aligned = (key.expanded_ptr | key.clamped_ptr) & 15 == 0
-    return _shape(key.bs, key.limit, aligned, key.use_adaptive, num_sms)
+    has_quads = aligned and key.limit >= QUADS_MIN_ROWS
+    return _shape(key.bs, key.limit, has_quads, key.use_adaptive, num_sms)
 
 
 @lru_cache(maxsize=1024)
-def _shape(bs: int, limit: int, aligned: bool, use_adaptive: bool, num_sms: int) -> Geometry:
+def _shape(bs: int, limit: int, has_quads: bool, use_adaptive: bool, num_sms: int) -> Geometry:
     grid = (limit + BLOCK_THREADS - 1) // BLOCK_THREADS or 1
     flags = tiles_per_block = 0
     num_entries, requests_per_entry = bs, 1
     launches: tuple[tuple[str, int], ...]
-    if limit >= QUADS_MIN_ROWS and limit >= QUAD_ROWS_PER_REQUEST * bs and aligned:
+    if has_quads and limit >= QUAD_ROWS_PER_REQUEST * bs:
         flags = QUADS
         tiles = -(-limit // QUAD_TILE_ROWS)
         if bs <= WARP_MAX_BS:

@@ -207,7 +207,7 @@ class FusedPlan:
             uniform_q = rows // bs
         if pad_to is None:
             pad_to = 0
-        elif not call.pad_to:
+        elif not call.pad_to and pad_to != 0:  # 0 pads no row
             raise ValueError(f"pad_to: expected None (a plan without max_pad_to), got {pad_to}")
         else:
             pad_to = _check.integer("pad_to", pad_to, 0 if total_len is None else rows, call.pad_to)

@@ -309,6 +309,13 @@ def test_a_launch_reads_no_tensor(fake_device, monkeypatch):
     assert len(fake_device.launched) == 12
 
 
+def test_a_plan_that_pads_to_nothing():
+    item = case("extend", "empty", "", [5, 6], (0, 0), pad_to=0, width=16)
+    built = Built(item)
+    plan_of(built).launch(pad_to=0)
+    built.check(expected(item))
+
+
 def test_few_sizes_are_kept(fake_device, monkeypatch):
     monkeypatch.setattr(fused_plan, "MAX_REMEMBERED", 2)
     plan = plan_of(Built(BY_NAME["decode_basic_ps64"]))
