@@ -26,7 +26,6 @@ import argparse
 import importlib.util
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -230,19 +229,6 @@ def read_requests(args: argparse.Namespace) -> workload.Requests:
     return workload.read_trace(args.trace)
 
 
-def command_line(argv: Sequence[str]) -> str:
-    """The command for the report, with the names of files, not their folders."""
-    words = ["bench.py"]
-    for word in argv:
-        option, equals, value = word.partition("=")
-        if equals and option in PATH_OPTIONS:
-            word = f"{option}={Path(value).name}"
-        elif words[-1] in PATH_OPTIONS:
-            word = Path(word).name
-        words.append(word)
-    return shlex.join(words)
-
-
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Refuse bad options, then replay, or run the suites."""
     suites = suite_names(args)
@@ -257,7 +243,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     from benchmarks import replay, report  # torch is imported here
 
     device = replay.pick_device(args.device)
-    environment = report.environment(device, command_line(argv))
+    command = report.command_line("bench.py", argv, PATH_OPTIONS)
+    environment = report.environment(device, command)
     if suites:
         return run_suites(args, suites, requests, device, environment)
     assert requests is not None

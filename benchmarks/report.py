@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -71,6 +72,19 @@ def _version(*distributions: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def command_line(program: str, argv: Sequence[str], path_options: Sequence[str]) -> str:
+    """The command for a report, with the names of files, not their folders."""
+    words = [program]
+    for word in argv:
+        option, equals, value = word.partition("=")
+        if equals and option in path_options:
+            word = f"{option}={Path(value).name}"
+        elif words[-1] in path_options:
+            word = Path(word).name
+        words.append(word)
+    return shlex.join(words)
 
 
 def _driver() -> str | None:

@@ -782,3 +782,11 @@ def test_fatal_batches_return_no_total():
     batch = forms.seed_batch(BY_NAME["negative_extend"])
     assert batch.status in FATAL
     assert not forms.returns_total(batch, "sync")
+
+
+def test_the_stored_command_names_files_not_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(sections, "measure", lambda *_: {"ok": True})
+    path = tmp_path / "out.json"
+    assert program.main(["--json", str(path), "--only", "random-cpu"]) in (0, 1)
+    measured = json.loads(path.read_text())["random"]["measured"]["cpu_sanitized"]
+    assert measured["command"] == "benchmarks.reliability --json out.json --only random-cpu"

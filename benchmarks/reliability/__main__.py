@@ -17,7 +17,6 @@ Exit status: 0; 1 something failed; 2 bad options or input.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,7 +26,7 @@ import torch
 
 from .. import BenchError, readme
 from ..progress import progress_bar
-from ..report import environment, write_json
+from ..report import command_line, environment, write_json
 from . import TOOLS, Result, document, sections
 
 BEGIN = "<!-- reliability:begin -->"
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.table is not None:
             show_table(args)
             return 0
-        return measure(args, f"-m benchmarks.reliability {shlex.join(words)}")
+        return measure(args, command_line("benchmarks.reliability", words, ("--json",)))
     except BenchError as error:
         print(f"reliability: error: {error}", file=sys.stderr)
         return 2

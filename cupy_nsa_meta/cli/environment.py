@@ -86,9 +86,9 @@ VARIABLES = (
     ),
     Variable(
         "CUPY_NSA_META_SGLANG_SOURCE",
-        "tests",
+        "tests, benchmark",
         "a folder with an unpacked `sglang/`",
-        "default: SGLang 0.5.23 as installed, else downloaded",
+        "default: SGLang 0.5.23 as installed; the tests also download it",
     ),
     Variable(
         "BENCH_COMMIT",
