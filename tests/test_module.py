@@ -214,7 +214,7 @@ FAULTS = {
         "set CUPY_CACHE_DIR (now {cache}) to a folder that can be written",
     ),
     "cache_permission": (
-        PermissionError(13, "Permission denied", "/root/.cupy/kernel_cache/tmpab12"),
+        PermissionError(13, "Permission denied", "/home/somebody/.cupy/kernel_cache/tmpab12"),
         "a file cannot be read or written (PermissionError: [Errno 13] Permission denied: '/root",
         "set CUPY_CACHE_DIR (now {cache})",
     ),
