@@ -173,7 +173,7 @@ _MAX_LAYOUTS = 64
 def _keep_layout(tensors: DraftExtendTensors) -> _Layout:
     """The layout of tensors that were checked; the next call is compared with it first."""
     global _last_layout
-    extend, seq, *_ = tensors
+    extend, seq, *outs = tensors
     key = (extend.dtype, seq.dtype, extend.get_device(), extend.stride(), seq.stride())
     layout = _layouts.get(key)
     if layout is not None and is_like(layout.guard, tensors):
@@ -184,7 +184,9 @@ def _keep_layout(tensors: DraftExtendTensors) -> _Layout:
         layout_guard or _last_layout.guard,
         key[2], key[3][0], key[4][0], key[0] is _int64, key[1] is _int64,
     )  # fmt: skip
-    if layout_guard is not None:
+    # An output of one element may have any stride; that of more may not, and the guard does not
+    # look at sizes.
+    if layout_guard is not None and all(out.stride() == (1,) for out in outs):
         if len(_layouts) >= _MAX_LAYOUTS:
             _layouts.clear()
         _last_layout = _layouts[key] = layout

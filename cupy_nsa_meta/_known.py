@@ -38,14 +38,14 @@ def guard(tensors: Sequence[torch.Tensor], any_size: bool = False) -> Guard | No
     """
     if _TensorGuards is None:
         return None
-    sizes = [[_ANY] * t.dim() if any_size else list(t.shape) for t in tensors]
-    strides = [list(t.stride()) for t in tensors]
     try:
+        sizes = [[_ANY] * t.dim() if any_size else list(t.shape) for t in tensors]
+        strides = [list(t.stride()) for t in tensors]
         check: Guard = _TensorGuards(
             *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
         ).check
         return check if check(*tensors) else None
-    except (TypeError, RuntimeError, AttributeError):  # of another version of torch
+    except (TypeError, RuntimeError, AttributeError):  # another version of torch, a nested tensor
         return None
 
 

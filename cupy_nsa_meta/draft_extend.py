@@ -164,13 +164,14 @@ def pack(
 def pack_call(
     buffer: bytearray, state: _launch.DeviceState, key: DraftExtendKey, **pointers: int
 ) -> tuple[tuple[tuple[str, int], ...], torch.Tensor | None]:
-    """Pack a call; its kernels and grids, and the scratch that it needs above ONE_LAUNCH_MAX_BS.
+    """Pack a call; its kernels and grids, and the scratch that it needs above ONE_LAUNCH_MAX_BS
+    where none is given.
 
     The scratch may be freed after the launch: torch reuses it in stream order.
     """
     shape = shape_of(key, state.num_sms)
     scratch = None
-    if key.bs > ONE_LAUNCH_MAX_BS:
+    if key.bs > ONE_LAUNCH_MAX_BS and not pointers.get("scratch"):
         scratch = torch.empty(
             key.bs + shape.num_entries, dtype=torch.int32, device=f"cuda:{key.device}"
         )
@@ -198,6 +199,16 @@ def capture(
         return shape.launches
 
     return _graphs.CapturedLaunch(state, pack_slot)
+
+
+def enqueue(state: _launch.DeviceState, stream: int, key: DraftExtendKey, **pointers: int) -> None:
+    """Launch the kernels themselves, which do not answer."""
+    slot = state.take_slot()
+    try:
+        launches, _scratch = pack_call(slot.buffer, state, key, **pointers)
+        state.launch(slot, stream, launches)
+    finally:
+        state.give_slot(slot)
 
 
 def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
@@ -426,12 +437,8 @@ def _fill(
         if stream and state.is_capturing(stream):
             raise capture_error()
     elif not _env.debug_sync() or state.is_capturing(stream):
-        slot = state.take_slot()
-        launches, scratch = pack_call(slot.buffer, state, key)
-        if scratch is None:
-            know(known_key, tensors, key, state)
-        state.launch(slot, stream, launches)
-        state.give_slot(slot)
+        enqueue(state, stream, key)
+        know(known_key, tensors, key, state)
         return key.limit
     captured = None
     if key.bs <= ONE_LAUNCH_MAX_BS and _env.graph_cache():  # above, scratch is per call
@@ -524,12 +531,9 @@ def fill_draft_extend_metadata_cuda_async(
         know_captured(know(known_key, (*tensors, out_total), key, state, out_ptr), stream, captured)
         launch_captured(captured, stream)
     else:
-        slot = state.take_slot()
-        launches, scratch = pack_call(slot.buffer, state, key, out_total=out_ptr)
-        if total_tokens is not None and scratch is None:
+        enqueue(state, stream, key, out_total=out_ptr)
+        if total_tokens is not None:
             know(known_key, (*tensors, out_total), key, state, out_ptr)
-        state.launch(slot, stream, launches)
-        state.give_slot(slot)
     if _env.debug_sync() and not state.is_capturing(stream):
         raise_for_status(out_total, tensors, key)
     return out_total

@@ -63,10 +63,13 @@ class DraftExtendPlan:
             shape = draft_extend.shape_of(self._key, self._state.num_sms)
             words = self._key.bs + shape.num_entries
         self._scratch = torch.empty(words, dtype=torch.int32, device=device)
-        if self._state.is_capturing(current_raw_stream(self._key.device)):
+        stream = current_raw_stream(self._key.device)
+        if self._state.is_capturing(stream):
             raise RuntimeError(
                 "plan_draft_extend_metadata: a plan is made before a CUDA graph is captured"
             )
+        with self._state.cupy.cuda.Device(self._device), _launch.relaxed_capture():
+            self._state.runtime.streamSynchronize(stream)  # the first launch may be on another one
         self._captured = self._capture()
 
     def _capture(self) -> _graphs.CapturedLaunch:
@@ -168,19 +171,14 @@ class DraftExtendPlan:
 
     def _record(self) -> None:
         """Launch the plain kernels on torch's current stream."""
-        state = self._state
-        assert state is not None
-        slot = state.take_slot()
-        shape = draft_extend.shape_of(self._key, state.num_sms)
-        draft_extend.pack(
-            slot.buffer,
+        assert self._state is not None
+        draft_extend.enqueue(
+            self._state,
+            current_raw_stream(self._device),
             self._key,
-            shape,
             out_total=self._outcome.data_ptr(),
             scratch=self._scratch.data_ptr(),
         )
-        state.launch(slot, current_raw_stream(self._device), shape.launches)
-        state.give_slot(slot)
 
     def _arguments(self) -> tuple[Any, ...]:
         extend, seq, out_expanded, out_clamped = self._tensors

@@ -31,6 +31,7 @@ VECTOR_COLUMNS = 4  # kVectorColumns
 MAX_ITEMS_PER_THREAD = 4  # kUnroll
 NUM_TILE_SUMS = 4  # kTileSums
 ONE_LAUNCH_MAX_BS = 16384
+DIRECT_MAX_WIDTH = 1 << 30  # columns that its 32-bit arithmetic stays below
 DIRECT_MAX_EXTEND_LEN = 8  # query tokens of a request that fused_direct serves
 #: Table blocks per multiprocessor: below the first number a thread takes one item rather than
 #: several, so that small batches spread; above the second a block goes on along its row, so that
@@ -118,6 +119,7 @@ def direct_kernel(call: FusedCall) -> str | None:
         or out[2:4] != (None, None)
         or out[7:12] != _NOT_DIRECT
         or max(_steps(call)) > INT32_MAX
+        or call.width >= DIRECT_MAX_WIDTH
         or (call.req_to_token is not None and call.req_to_token.size(0) > INT32_MAX)
     ):
         return None
@@ -207,8 +209,12 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
     if call.total_is_capacity:
         flags |= TOTAL_IS_CAPACITY
     if page_1 is not None and tokens is not None:
-        places = tokens.data_ptr() | page_1.data_ptr()
-        if (places | 4 * (tokens.stride(0) | page_1.stride(0))) & 15 == 0:
+        # At page size 1 a second table is copied by vectors, too.
+        second = (real_page,) if real_page is not None and call.page_size == 1 else ()
+        places = 0
+        for table in (tokens, page_1, *second):
+            places |= table.data_ptr() | 4 * table.stride(0)
+        if places & 15 == 0:
             flags |= HAS_VECTORS
     seq_step, extend_step, pool_step = (min(step, INT32_MAX) for step in _steps(call))
     ARGS.pack_into(
@@ -275,6 +281,22 @@ def _inverse(divisor: int) -> int:
     return -(-(1 << 32) // divisor) if divisor > 1 else 0
 
 
+class _Numbers(NamedTuple):
+    """Numbers of a ``FusedCall``: bounds of smaller calls, then what has to be equal."""
+
+    bs: int
+    total_len: int
+    pad_to: int
+    width: int
+    topk: int
+    page_size: int
+    kv_add: int
+
+
+def _numbers(call: FusedCall) -> _Numbers:
+    return _Numbers(*(getattr(call, name) for name in _Numbers._fields))
+
+
 class Template:
     """Checked tensors, packed once: the numbers of a call are packed into a copy.
 
@@ -290,6 +312,18 @@ class Template:
         _pack_all(base, call._replace(total_is_capacity=False), shape, status)
         self._base = bytes(base)
         self._flags: int = _SHAPE.unpack_from(base, _SHAPE_AT)[-1]
+        self._numbers = _numbers(call)
+
+    def covers(self, call: FusedCall) -> bool:
+        """Whether a call on these tensors is right because this one, no smaller, was checked."""
+        old, new = self._numbers, _numbers(call)
+        return (
+            set(map(type, new)) == {int}
+            and 0 <= new.bs <= old.bs
+            and 0 <= new.total_len <= old.total_len
+            and 0 <= new.pad_to <= old.pad_to
+            and new[3:] == old[3:]
+        )
 
     def pack(self, call: FusedCall, tile_sums: int = 0) -> PackedLaunch:
         """The launch of a call with the same tensors, top-k, page size and width."""
@@ -325,7 +359,7 @@ def capture(state: _launch.DeviceState, packed: PackedLaunch) -> CapturedLaunch:
 class _KnownCall:
     """What is kept for calls on known tensors, of which none is kept alive."""
 
-    __slots__ = ("addresses", "guard", "numbers", "packed", "pick", "state", "template")
+    __slots__ = ("addresses", "guard", "packed", "pick", "state", "template")
 
     def __init__(
         self,
@@ -333,48 +367,21 @@ class _KnownCall:
         guard: _known.Guard,
         addresses: tuple[int, ...],
         state: _launch.DeviceState,
-        call: FusedCall,
+        template: Template,
     ) -> None:
         self.pick = pick  # of a call's tensors those that are not None, each once
         self.guard = guard
         self.addresses = addresses
         self.state = state
         self.packed: dict[tuple[Any, ...], PackedLaunch] = {}  # by the scalars of a call
-        self.renew(call)
-
-    def renew(self, call: FusedCall) -> None:
-        """Take a call that was checked for the one whose numbers bound later ones."""
-        self.template = Template(call, self.state.num_sms, self.state.sticky_status)
-        self.numbers = _Numbers(*(getattr(call, name) for name in _Numbers._fields))
-
-    def covers(self, call: FusedCall) -> bool:
-        """Whether a call on these tensors is right because a larger one was."""
-        old = self.numbers
-        new = _Numbers(*(getattr(call, name) for name in _Numbers._fields))
-        return (
-            set(map(type, new)) == {int}
-            and 0 <= new.bs <= old.bs
-            and 0 <= new.total_len <= old.total_len
-            and 0 <= new.pad_to <= old.pad_to
-            and new[3:] == old[3:]
-        )
+        #: Of the largest call that was checked. Threads share this object: the template is read
+        #: once by whoever asks it and packs with it, and replaced as a whole.
+        self.template = template
 
     def keep(self, scalars: tuple[Any, ...], packed: PackedLaunch) -> None:
         if len(self.packed) >= MAX_PACKED:
             self.packed.clear()
         self.packed[scalars] = packed
-
-
-class _Numbers(NamedTuple):
-    """Numbers of a ``FusedCall``: bounds of smaller calls, then what has to be equal."""
-
-    bs: int
-    total_len: int
-    pad_to: int
-    width: int
-    topk: int
-    page_size: int
-    kv_add: int
 
 
 MAX_KNOWN = 256
@@ -436,9 +443,10 @@ def _launch_again(state: _launch.DeviceState, packed: PackedLaunch) -> None:
 def _keep(call: FusedCall, state: _launch.DeviceState, met: _Met) -> None:
     """Keep what is known of a call that was checked, when its tensors are met again."""
     known = met.known
-    if known is not None:
-        known.renew(call)
-    elif _calls.is_due(met.key):
+    if known is None and not _calls.is_due(met.key):
+        return
+    template = Template(call, state.num_sms, state.sticky_status)
+    if known is None:
         places = {id(tensor): k for k, tensor in enumerate(met.tensors) if tensor is not None}
         present = [met.tensors[k] for k in places.values()]
         if len(present) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in present):
@@ -447,10 +455,10 @@ def _keep(call: FusedCall, state: _launch.DeviceState, met: _Met) -> None:
         if guard is None:
             return
         pick = itemgetter(*places.values())
-        known = _KnownCall(pick, guard, _known.addresses(present), state, call)
+        known = _KnownCall(pick, guard, _known.addresses(present), state, template)
         _calls.keep(met.key, known, present)
-    if known is not None:
-        known.keep(met.scalars, known.template.pack(call))
+    known.template = template
+    known.keep(met.scalars, template.pack(call))
 
 
 def _enqueue(call: FusedCall, state: _launch.DeviceState, stream: int, status: int) -> None:
@@ -480,8 +488,9 @@ def _runs_cuda(device: int) -> bool:
 def _run(call: FusedCall, width_name: str, met: _Met) -> None:
     """Check and enqueue; under CUPY_NSA_META_DEBUG_SYNC=1 read the status and raise."""
     known = met.known
-    if known is not None and known.covers(call):
-        packed = known.template.pack(call)
+    template = None if known is None else known.template
+    if known is not None and template is not None and template.covers(call):
+        packed = template.pack(call)
         known.keep(met.scalars, packed)
         state = known.state
         stream = _launch.current_raw_stream(state.device)

@@ -170,7 +170,6 @@ class FusedPlan:
         elif (  # met before: worth a capture
             status is self._status
             and len(self._captured) < MAX_GRAPHS
-            and _env.graph_cache()
             and not state.is_capturing(stream)
         ):
             captured = self._captured[key] = fused.capture(state, packed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import threading
 import weakref
 
 import pytest
@@ -566,6 +567,54 @@ def test_smaller_numbers_of_a_known_call_are_not_checked_again(op, fake_device, 
     FUNCTIONS[op](**numbers)
     assert fake_device.launched[-1] == quick
     assert quick != fake_device.launched[0]
+
+
+def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
+    """Another thread checks a call with another top-k between the look at a template and its use."""
+    built = Built(BY_NAME["decode_basic_ps64"])
+    small = built.arguments | {"bs": 2}
+    for _ in range(3):
+        built.run()
+    covers = fused.Template.covers
+    others = [built.arguments | {"dsa_index_topk": 7}]
+
+    def interrupted(template, call):
+        answer = covers(template, call)
+        if answer and others:
+            thread = threading.Thread(target=FUNCTIONS["decode"], kwargs=others.pop())
+            thread.start()
+            thread.join()
+        return answer
+
+    monkeypatch.setattr(fused.Template, "covers", interrupted)
+    FUNCTIONS["decode"](**small)
+    assert not others
+    monkeypatch.undo()
+    again = fake_device.launched[-1]
+    topk_at = fused._SIZES_AT + 5 * 4
+    assert int.from_bytes(again[0][topk_at : topk_at + 4], "little") == small["dsa_index_topk"]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_second_table_at_page_size_1_is_aligned_or_copied_by_tokens(shift):
+    call = fused_call(BY_NAME["decode_two_tables_ps1"])
+    rows, columns = call.outputs.real_page_table.shape
+    memory = torch.empty(rows * 128 + shift, dtype=torch.int32)
+    second = memory[shift:].view(rows, 128)[:, :columns]
+    first = torch.empty((rows, 128), dtype=torch.int32)[:, :columns]
+    tokens = torch.empty((call.req_to_token.size(0), 128), dtype=torch.int32)[:, :columns]
+    out = call.outputs._replace(page_table_1=first, real_page_table=second)
+    packed = fused.pack(call._replace(outputs=out, req_to_token=tokens), 132, status=1)
+    flags = fused._SHAPE.unpack_from(packed.buffer, fused._SHAPE_AT)[-1]
+    assert packed.launches[0][0] == "fused_direct_uniform"
+    assert bool(flags & fused.HAS_VECTORS) == (shift == 0)
+
+
+def test_rows_beyond_32_bit_arithmetic_are_left_to_the_general_kernel():
+    call = fused_call(BY_NAME["decode_basic_ps64"])
+    for width, kernel in ((2**30 - 1, "fused_direct_uniform"), (2**30, "fused")):
+        packed = fused.pack(call._replace(width=width), 132, status=1)
+        assert packed.launches[0][0] == kernel
 
 
 def test_larger_numbers_of_a_known_call_are_checked(fake_device):

@@ -287,6 +287,44 @@ def test_plans_on_a_fake_device(fake_device):
         assert len(plan._tokens) == 1
 
 
+@pytest.mark.parametrize("function", [fill, cupy_nsa_meta.fill_draft_extend_metadata_python])
+@pytest.mark.parametrize("stride", [0, 6])
+def test_an_output_of_one_element_does_not_let_its_stride_in(stride, function, request):
+    """One element is contiguous at any stride; the layout that it leaves must not cover more."""
+    if function is fill:
+        request.getfixturevalue("fake_device")
+
+    def column(rows):
+        return memory.as_strided((rows,), (stride,))
+
+    memory, other = torch.full((60,), -1, dtype=torch.int32), torch.zeros(12, dtype=torch.int32)
+    one = (torch.tensor([1]), torch.tensor([5]))
+    for outs in ((column(1), other), (other, column(1))):
+        assert function(*one, 9, *outs) == 1
+    memory.fill_(-1)
+    for outs, name in (((column(5), other), "expanded"), ((other, column(5)), "nsa_cache_seqlens")):
+        with pytest.raises(ValueError, match=f"out_.*{name}: expected a contiguous tensor"):
+            function(torch.tensor([3, 2]), torch.tensor([10, 4]), 9, *outs)
+    assert (memory == -1).all()
+
+
+@pytest.mark.parametrize("form", [fill, fill_async])
+def test_slots_come_back_where_packing_fails(form, fake_device, monkeypatch):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    options = {"total_tokens": 5}
+    if form is fill_async:
+        options["out_total"] = torch.zeros(2, dtype=torch.int32)
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("no scratch")
+
+    monkeypatch.setattr(draft_extend, "pack_call", out_of_memory)
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError):
+            form(*arguments, **options)
+    assert len(fake_device._free) == fake_device.slots_made == 1
+
+
 # ---- Guards -------------------------------------------------------------------------------------
 
 

@@ -215,7 +215,7 @@ FAULTS = {
     ),
     "cache_permission": (
         PermissionError(13, "Permission denied", "/home/somebody/.cupy/kernel_cache/tmpab12"),
-        "a file cannot be read or written (PermissionError: [Errno 13] Permission denied: '/root",
+        "a file cannot be read or written (PermissionError: [Errno 13] Permission denied: '/home",
         "set CUPY_CACHE_DIR (now {cache})",
     ),
     "cache_full": (

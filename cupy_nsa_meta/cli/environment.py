@@ -38,7 +38,7 @@ VARIABLES = (
         "CUPY_NSA_META_GRAPH_CACHE",
         "package",
         "`1` (default), `0`",
-        "0: the drop-in call captures and reuses no launches",
+        "0: calls capture and reuse no launches; plans do",
     ),
     Variable(
         "CUPY_NSA_META_SGLANG",
