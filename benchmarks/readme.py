@@ -255,6 +255,16 @@ def inserted(text: str, content: str, where: str, begin: str = BEGIN, end: str =
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
+def insert(path: Path, content: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what a file holds between the markers."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{path}: expected a readable file, got {error.strerror}") from error
+    path.write_text(inserted(text, content, str(path), begin, end), encoding="utf-8")
+    print(f"{path}: table inserted")
+
+
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m benchmarks.readme", allow_abbrev=False, description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -268,14 +278,7 @@ def run(args: argparse.Namespace) -> None:
     document = read_document(args.file)
     content = table(document)
     if args.insert is not None:
-        try:
-            text = args.insert.read_text(encoding="utf-8")
-        except OSError as error:
-            raise BenchError(
-                f"{args.insert}: expected a readable file, got {error.strerror}"
-            ) from error
-        args.insert.write_text(inserted(text, content, str(args.insert)), encoding="utf-8")
-        print(f"{args.insert}: table inserted")
+        insert(args.insert, content)
     else:
         print(content)
     if args.plot is not None:

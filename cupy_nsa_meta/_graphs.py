@@ -193,6 +193,14 @@ class Cache:
         del met_once[number]
         return True
 
+    def launch(self, captured: CapturedLaunch, stream: int) -> None:
+        """Replay, and wait for nothing; one that fails is not used again."""
+        try:
+            captured.launch(stream)
+        except BaseException:
+            self.discard(captured)
+            raise
+
     def discard(self, captured: CapturedLaunch) -> None:
         """Forget a captured launch, after an error or an interrupted wait."""
         for number, (_, other) in list(self.graphs.items()):

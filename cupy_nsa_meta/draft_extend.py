@@ -227,15 +227,6 @@ def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) ->
     return word
 
 
-def launch_captured(captured: CapturedLaunch, stream: int) -> None:
-    """Replay, and wait for nothing."""
-    try:
-        captured.launch(stream)
-    except BaseException:
-        thread.cache.discard(captured)
-        raise
-
-
 # ---- Calls on known tensors ---------------------------------------------------------------------
 
 
@@ -498,7 +489,7 @@ def fill_draft_extend_metadata_cuda_async(
                 stream = current_raw_stream(known.state.device)
                 captured = known.captured_for(stream)
                 if captured is not None:
-                    launch_captured(captured, stream)
+                    thread.cache.launch(captured, stream)
                     return out_total
     tensors, key = _check.draft_extend(
         extend_seq_lens,
@@ -529,7 +520,7 @@ def fill_draft_extend_metadata_cuda_async(
         captured = thread.cache.lookup((stream, key, out_ptr), capture, state, key, out_ptr)
     if captured is not None:
         know_captured(know(known_key, (*tensors, out_total), key, state, out_ptr), stream, captured)
-        launch_captured(captured, stream)
+        thread.cache.launch(captured, stream)
     else:
         enqueue(state, stream, key, out_total=out_ptr)
         if total_tokens is not None:

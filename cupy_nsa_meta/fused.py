@@ -431,11 +431,7 @@ def _launch_again(state: _launch.DeviceState, packed: PackedLaunch) -> None:
         cache = thread.cache
         captured = cache.lookup((stream, packed), capture, state, packed)
         if captured is not None:
-            try:
-                captured.launch(stream)
-            except BaseException:
-                cache.discard(captured)
-                raise
+            cache.launch(captured, stream)
             return
     state.launch(packed, stream, packed.launches)
 

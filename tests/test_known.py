@@ -17,6 +17,7 @@ from fake_device import FakeState
 from fused_cases import BY_NAME as BY_NAME_FUSED
 from fused_cases import Built
 from fused_plans import plan_of
+from test_plan import check_plan
 
 fill = cupy_nsa_meta.fill_draft_extend_metadata_cuda
 fill_async = cupy_nsa_meta.fill_draft_extend_metadata_async
@@ -269,22 +270,8 @@ def test_without_the_guards_of_torch(fake_device, monkeypatch):
 
 def test_plans_on_a_fake_device(fake_device):
     for item in SMALL:
-        if item.total_tokens is not None:
-            continue
-        arguments, outputs = tensors_of(item)
-        plan = plan_draft_extend_metadata(*arguments)
-        expected = item.expected()
-        for _ in range(3):
-            outputs.poison()
-            if expected.status in FATAL:
-                with pytest.raises(ValueError, match="extend_seq_lens|seq_lens"):
-                    plan.run()
-            else:
-                assert plan.run() == expected.total
-            outputs.check(expected)
-            plan.launch()
-            assert plan.status() == expected.status
-        assert len(plan._tokens) == 1
+        if item.total_tokens is None:
+            check_plan(item, "cpu")
 
 
 @pytest.mark.parametrize("function", [fill, cupy_nsa_meta.fill_draft_extend_metadata_python])

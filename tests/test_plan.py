@@ -53,6 +53,7 @@ def check_plan(item, device):
         plan.launch()
         assert plan.status() == expected.status
         outputs.check(expected)
+    assert len(plan._tokens) == 1, "the plan is free again"
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -72,16 +72,8 @@ def show_table(args: argparse.Namespace) -> None:
     content = document.table(document.read(args.table))
     if args.insert is None:
         print(content)
-        return
-    try:
-        text = args.insert.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BenchError(
-            f"{args.insert}: expected a readable file, got {error.strerror}"
-        ) from error
-    changed = readme.inserted(text, content, str(args.insert), BEGIN, END)
-    args.insert.write_text(changed, encoding="utf-8")
-    print(f"{args.insert}: table inserted")
+    else:
+        readme.insert(args.insert, content, BEGIN, END)
 
 
 def measure(args: argparse.Namespace, command: str) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import BenchError
+from ..stored import read_json
 from . import KEYS, TOOLS, Result, hostility
 
 Document = dict[str, Any]
@@ -32,13 +32,7 @@ def read(path: Path, missing_is_empty: bool = False) -> Document:
     """
     if missing_is_empty and not path.exists():
         return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BenchError(f"{path}: expected a readable file, got {reason}") from error
-    except json.JSONDecodeError as error:
-        raise BenchError(f"{path}: expected JSON, got an error: {error}") from error
+    document: Document = read_json(path)
     if not isinstance(document, dict) or not set(document) <= {"environment", *KEYS}:
         raise BenchError(
             f"{path}: expected a file of python -m benchmarks.reliability, got other JSON"
