@@ -1,33 +1,42 @@
 """Environment variables of the package, read at each call.
 
-``os.environ.get`` costs 0.4 us because it encodes the key and decodes the value; the calls here are
-a few microseconds long, so the underlying mapping of bytes is read where the platform has one.
+``os.environ.get`` costs 0.4 us because it encodes the key and decodes the value, and the calls here
+are a few microseconds long: the underlying mapping of bytes, where the platform has one, tells what
+is not set. ``DEBUG_SYNC in variables`` may even stand before the call of ``debug_sync``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container
 
 BACKENDS = ("auto", "cuda", "triton", "python")
+BACKEND = b"CUPY_NSA_META_BACKEND"
+DEBUG_SYNC = b"CUPY_NSA_META_DEBUG_SYNC"
+GRAPH_CACHE = b"CUPY_NSA_META_GRAPH_CACHE"
 
-_raw: Mapping[bytes, bytes] | None = getattr(os.environ, "_data", None)
-if not isinstance(_raw, dict) or os.name != "posix":
-    _raw = None
+
+class _Everything:
+    """Contains every name, so that each variable is read."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
-def _read(key: bytes) -> bytes | None:
-    value = os.environ.get(key.decode())
-    return None if value is None else os.fsencode(value)
+def _names() -> Container[bytes]:
+    mapping = getattr(os.environ, "_data", None)
+    return mapping if isinstance(mapping, dict) and os.name == "posix" else _Everything()
+
+
+#: The names of the variables that are set, or of more.
+variables = _names()
 
 
 def backend() -> str:
     """``CUPY_NSA_META_BACKEND``: which backend the choosing functions take; default ``auto``."""
-    key = b"CUPY_NSA_META_BACKEND"
-    value = _raw.get(key) if _raw is not None else _read(key)
-    if not value:
+    if BACKEND not in variables:
         return "auto"
-    name = os.fsdecode(value)
+    name = os.environ.get("CUPY_NSA_META_BACKEND") or "auto"
     if name not in BACKENDS:
         raise ValueError(
             f"CUPY_NSA_META_BACKEND: expected one of {', '.join(BACKENDS)}, got {name!r}"
@@ -37,15 +46,14 @@ def backend() -> str:
 
 def debug_sync() -> bool:
     """``CUPY_NSA_META_DEBUG_SYNC=1``: every call reads its status and raises."""
-    key = b"CUPY_NSA_META_DEBUG_SYNC"
-    value = _raw.get(key) if _raw is not None else _read(key)
-    return value is not None and value not in (b"", b"0")
+    if DEBUG_SYNC not in variables:
+        return False
+    return os.environ.get("CUPY_NSA_META_DEBUG_SYNC", "0") not in ("", "0")
 
 
 def graph_cache() -> bool:
     """``CUPY_NSA_META_GRAPH_CACHE=0``: the drop-in call captures and reuses no launches."""
-    key = b"CUPY_NSA_META_GRAPH_CACHE"
-    return (_raw.get(key) if _raw is not None else _read(key)) != b"0"
+    return GRAPH_CACHE not in variables or os.environ.get("CUPY_NSA_META_GRAPH_CACHE") != "0"
 
 
 SGLANG_VALUES = ("0", "1", "force")

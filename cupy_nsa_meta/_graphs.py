@@ -14,28 +14,28 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import _env
-from ._known import Guard, KnownCalls
+from ._known import KnownCalls
 from ._launch import (
     EPOCH_MASK,
     EPOCH_SHIFT,
-    WORD_MASK,
+    STATUS_SHIFT,
     DeviceState,
-    PackedLaunch,
     Slot,
     is_forked,
     relaxed_capture,
 )
 
+if TYPE_CHECKING:
+    from .draft_extend import KnownCall
+
 MAX_GRAPHS = 64  # per thread
 MAX_KNOWN = 64  # per thread
 FREE_CAPTURES = 16  # per thread
-QUICK_LOOKS = 128  # at the result word, some 10 us, before the clock is looked at as well
+QUICK_LOOKS = range(200)  # at the result word, some 10 us, before the clock is looked at as well
 HITS_PER_CAPTURE = 16  # that pay for a further one: 56 us against about 4 us saved by each
 
 #: Packs ``slot.buffer`` for the captured launch; returns its kernels and grids.
@@ -121,12 +121,16 @@ def _launchers(
 ) -> tuple[Callable[[int], None], Callable[[int], int]]:
     """``launch`` and ``run`` of a captured launch whose kernels answer in ``slot``."""
     get_device, graph_launch = state.runtime.getDevice, state.runtime.graphLaunch
-    words, index, wait = state.words, slot.index, state.wait
-    launch_anywhere = _launcher(state, graph)
+    halves, low, high = state.halves, 2 * slot.index, 2 * slot.index + 1
+    wait, launch_anywhere = state.wait, _launcher(state, graph)
+    shift = EPOCH_SHIFT - STATUS_SHIFT  # of the epoch in the high half
 
     def launch(stream: int) -> None:
         slot.epoch = slot.epoch % EPOCH_MASK + 1
-        launch_anywhere(stream)
+        if state.device == get_device():
+            graph_launch(graph, stream)
+        else:
+            launch_anywhere(stream)
 
     def run(stream: int) -> int:
         epoch = slot.epoch = slot.epoch % EPOCH_MASK + 1
@@ -134,25 +138,21 @@ def _launchers(
             graph_launch(graph, stream)
         else:
             launch_anywhere(stream)
-        for _ in range(QUICK_LOOKS):
-            word = words[index]
-            if word >> EPOCH_SHIFT == epoch:
-                return word & WORD_MASK
+        fine = epoch << shift  # status 0; another one is met by the wait
+        for _ in QUICK_LOOKS:
+            if halves[high] == fine:
+                return halves[low]
         return wait(slot, stream)
 
     return launch, run
 
 
 class Cache:
-    """The captured launches of one thread.
-
-    A key is a dozen numbers, so it is hashed once: the dictionaries hold its hash, and a captured
-    launch the key itself.
-    """
+    """The captured launches of one thread."""
 
     def __init__(self) -> None:
-        self.graphs: dict[int, tuple[Hashable, CapturedLaunch]] = {}
-        self.met_once: OrderedDict[int, None] = OrderedDict()
+        self.graphs: dict[Hashable, CapturedLaunch] = {}
+        self.met_once: OrderedDict[int, None] = OrderedDict()  # by hash
         self.streams: dict[int, Any] = {}
         self.hits = self.misses = self.captures = 0
 
@@ -163,19 +163,17 @@ class Cache:
 
         Met the second time, a key is captured by ``capture(*arguments)``.
         """
-        number = hash(key)
-        found = self.graphs.get(number)
-        if found is not None and found[0] == key:
-            captured = found[1]
+        captured = self.graphs.get(key)
+        if captured is not None:
             self.hits = captured.last_used = self.hits + 1
             return captured
         self.misses += 1
-        if not self._should_capture(number):
+        if not self._should_capture(hash(key)):
             return None
         captured = capture(*arguments)
         if len(self.graphs) >= MAX_GRAPHS:
-            del self.graphs[min(self.graphs, key=lambda old: self.graphs[old][1].last_used)]
-        self.graphs[number] = (key, captured)
+            del self.graphs[min(self.graphs, key=lambda old: self.graphs[old].last_used)]
+        self.graphs[key] = captured
         self.captures += 1
         captured.last_used = self.hits
         return captured
@@ -203,39 +201,9 @@ class Cache:
 
     def discard(self, captured: CapturedLaunch) -> None:
         """Forget a captured launch, after an error or an interrupted wait."""
-        for number, (_, other) in list(self.graphs.items()):
+        for key, other in list(self.graphs.items()):
             if other is captured:
-                del self.graphs[number]
-
-
-class KnownCall:
-    """What is kept for a call on known tensors.
-
-    Captured launches are the cache's: one that it gave up is not kept alive here.
-    """
-
-    __slots__ = ("addresses", "call", "captured", "guard", "packed", "state")
-
-    def __init__(
-        self, guard: Guard, addresses: tuple[int, ...], state: DeviceState, call: Any
-    ) -> None:
-        self.guard = guard
-        self.addresses = addresses
-        self.state = state
-        self.call = call  # what the operation needs to pack it with other numbers
-        self.captured: dict[int, weakref.ref[CapturedLaunch]] = {}  # by stream
-        self.packed: dict[int, PackedLaunch] = {}  # by total_tokens
-
-    def captured_for(self, stream: int) -> CapturedLaunch | None:
-        """The captured launch, if it may be replayed on ``stream`` now."""
-        held = self.captured.get(stream)
-        if held is None or not _env.graph_cache() or (stream and self.state.is_capturing(stream)):
-            return None
-        captured = held()
-        if captured is not None:
-            cache = thread.cache
-            cache.hits = captured.last_used = cache.hits + 1
-        return captured
+                del self.graphs[key]
 
 
 class _Thread(threading.local):

@@ -32,6 +32,7 @@ SLOT_BYTES = 64  # a cache line each: no two waiting threads share one
 SPIN_NS = (
     50_000  # the GPU work of a call is a few microseconds; behind queued work the GIL is freed
 )
+STATUS_SHIFT = 32
 EPOCH_SHIFT = 35
 EPOCH_MASK = (1 << 29) - 1
 WORD_MASK = (1 << EPOCH_SHIFT) - 1  # a word less its epoch
@@ -111,12 +112,17 @@ class DeviceState:
             torch.cuda.synchronize(device)  # zero for every stream
         memory = (ctypes.c_char * num_bytes).from_address(self._base)
         ctypes.memset(self._base, 0, num_bytes)
-        self.words = memoryview(memory).cast("B").cast("Q")
+        self._share_words(memoryview(memory).cast("B"))
         self.sticky_status = status_word(device).data_ptr()
         self._next_slot = count()
         self.slots_made = 0
         self._free: deque[Slot] = deque()
         self._retired: deque[Slot] = deque()
+
+    def _share_words(self, memory: memoryview) -> None:
+        """The result words; also as halves, low and high, whose numbers are quicker to make."""
+        self.words = memory.cast("Q")
+        self.halves = memory.cast("I")
 
     def load(self, stem: str) -> None:
         """Compile and load the kernels of ``cuda_src/<stem>.cu``, once."""

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from . import _check, _env, _graphs, _known, _launch, _traced
 from ._check import DraftExtendKey, DraftExtendTensors
-from ._graphs import CapturedLaunch, KnownCall, thread
+from ._graphs import CapturedLaunch, thread
 from ._launch import current_raw_stream
 from ._status import INT32_MAX, draft_extend_error
 
@@ -238,25 +238,71 @@ class KnownArguments(NamedTuple):
     out_total: int
 
 
-def launch_known(known: KnownCall, total_tokens: Any) -> bool:
-    """Enqueue a known call with the total given; False where it has to be looked at again."""
-    if total_tokens.__class__ is not int or _env.debug_sync():
-        return False
-    packed = known.packed.get(total_tokens)
-    if packed is None:
-        key, room, out_total = known.call
-        if not 0 <= total_tokens <= room:
+class KnownCall:
+    """What is kept for a call on known tensors.
+
+    Captured launches are the cache's: one that it gave up is not kept alive here.
+    """
+
+    __slots__ = ("addresses", "arguments", "captured", "guard", "packed", "state")
+
+    def __init__(
+        self,
+        guard: _known.Guard,
+        addresses: tuple[int, ...],
+        state: _launch.DeviceState,
+        arguments: KnownArguments,
+    ) -> None:
+        self.guard = guard
+        self.addresses = addresses
+        self.state = state
+        self.arguments = arguments
+        self.captured: dict[int, weakref.ref[CapturedLaunch]] = {}  # by stream
+        self.packed: dict[int, _launch.PackedLaunch] = {}  # by total_tokens
+
+    def captured_for(self, stream: int) -> CapturedLaunch | None:
+        """The captured launch, if it may be replayed on ``stream`` now."""
+        held = self.captured.get(stream)
+        if (
+            held is None
+            or (_env.GRAPH_CACHE in _env.variables and not _env.graph_cache())
+            or (stream and self.state.is_capturing(stream))
+        ):
+            return None
+        captured = held()
+        if captured is not None:
+            cache = thread.cache
+            cache.hits = captured.last_used = cache.hits + 1
+        return captured
+
+    def launch(self, total_tokens: Any) -> bool:
+        """Enqueue with the total given; False where the call has to be looked at again."""
+        if total_tokens.__class__ is not int or (
+            _env.DEBUG_SYNC in _env.variables and _env.debug_sync()
+        ):
             return False
+        packed = self.packed.get(total_tokens)
+        if packed is None:
+            packed = self._pack(total_tokens)
+            if packed is None:
+                return False
+        state = self.state
+        state.launch(packed, current_raw_stream(state.device), packed.launches)
+        return True
+
+    def _pack(self, total_tokens: int) -> _launch.PackedLaunch | None:
+        """The launch with another total; None where the outputs have no room for it."""
+        key, room, out_total = self.arguments
+        if not 0 <= total_tokens <= room:
+            return None
         key = key._replace(limit=total_tokens, flags=key.flags | _check.TOTAL_IS_GIVEN)
-        shape = shape_of(key, known.state.num_sms)
+        shape = shape_of(key, self.state.num_sms)
         arguments = bytearray(ARGS.size)
         pack(arguments, key, shape, out_total=out_total)
-        if len(known.packed) >= MAX_REMEMBERED:
-            known.packed.clear()
-        packed = known.packed[total_tokens] = _launch.PackedLaunch(arguments, shape.launches)
-    state = known.state
-    state.launch(packed, current_raw_stream(state.device), packed.launches)
-    return True
+        if len(self.packed) >= MAX_REMEMBERED:
+            self.packed.clear()
+        packed = self.packed[total_tokens] = _launch.PackedLaunch(arguments, shape.launches)
+        return packed
 
 
 def know(
@@ -389,7 +435,7 @@ def fill_draft_extend_metadata_cuda(
                     out_nsa_cache_seqlens, use_adaptive, None,
                 )  # fmt: skip
                 raise status_error(word >> 32, word & TOTAL_MASK, tensors, key)
-        elif launch_known(known, total_tokens):
+        elif known.launch(total_tokens):
             return total_tokens
     return _fill(
         known_key, extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
@@ -483,9 +529,9 @@ def fill_draft_extend_metadata_cuda_async(
             )
         ):
             if total_tokens is not None:
-                if launch_known(known, total_tokens):
+                if known.launch(total_tokens):
                     return out_total
-            elif not _env.debug_sync():
+            elif _env.DEBUG_SYNC not in _env.variables or not _env.debug_sync():
                 stream = current_raw_stream(known.state.device)
                 captured = known.captured_for(stream)
                 if captured is not None:

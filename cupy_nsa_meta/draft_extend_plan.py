@@ -151,7 +151,7 @@ class DraftExtendPlan:
                 raise
         finally:
             self._leave(token)
-        if _env.debug_sync():
+        if _env.DEBUG_SYNC in _env.variables and _env.debug_sync():
             raise_for_status(self._outcome, self._tensors, self._key)
 
     def status(self) -> int:

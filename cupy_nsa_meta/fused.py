@@ -137,12 +137,12 @@ def _steps(call: FusedCall) -> tuple[int, int, int]:
 _NOT_DIRECT = (None,) * 5  # token_to_batch_idx .. positions
 
 
-def is_small(call: FusedCall) -> bool:
-    """Whether the numbers of a call are those of ``direct_kernel``: few requests, few rows each."""
+def is_small(bs: int, uniform_q: int, max_extend_len: int, pad_to: int) -> bool:
+    """Whether numbers are those of a ``direct_kernel``: few requests, few rows each."""
     return (
-        call.bs <= REQUESTS_PER_TILE
-        and (call.max_extend_len if call.uniform_q < 0 else call.uniform_q) <= DIRECT_MAX_EXTEND_LEN
-        and call.pad_to == 0
+        bs <= REQUESTS_PER_TILE
+        and (max_extend_len if uniform_q < 0 else uniform_q) <= DIRECT_MAX_EXTEND_LEN
+        and pad_to == 0
     )
 
 
@@ -151,19 +151,21 @@ def num_tiles(bs: int) -> int:
     return max(1, -(-bs // REQUESTS_PER_TILE))
 
 
-def cut_up(bs: int, rows: int, units: TableUnits, num_sms: int) -> Geometry:
-    """``geometry`` from sizes alone."""
-    tiles = num_tiles(bs)
-    parts = -(-rows // (tiles * REQUESTS_PER_TILE))
-    row_parts = max(1, min(parts, ROW_BLOCKS_PER_SM * num_sms // tiles))
+def parts_of_rows(bs: int, rows: int) -> int:
+    """Blocks for the rows of a tile of requests that there is work for."""
+    return max(1, -(-rows // (num_tiles(bs) * REQUESTS_PER_TILE)))
 
-    page_1, real_page, flattened = units if bs else (0, 0, 0)
-    items = bs * (page_1 + real_page + flattened) // (SPREAD_BLOCKS_PER_SM * num_sms)
+
+def cut_up(bs: int, parts: int, units: TableUnits, num_sms: int) -> Geometry:
+    """How to cut up a batch with work for so many ``parts_of_rows``."""
+    tiles = num_tiles(bs)
+    row_parts = max(1, min(parts, ROW_BLOCKS_PER_SM * num_sms // tiles))
+    if not bs or not any(units):
+        return Geometry(tiles, row_parts, 0, 0, 0, 1)
+    items = bs * sum(units) // (SPREAD_BLOCKS_PER_SM * num_sms)
     items = max(1, min(items, MAX_ITEMS_PER_THREAD))
-    most = max(1, MAX_BLOCKS_PER_SM * num_sms // max(bs, 1))
-    page_1, real_page, flattened = (
-        min(-(-blocks // items), most) for blocks in (page_1, real_page, flattened)
-    )
+    most = max(1, MAX_BLOCKS_PER_SM * num_sms // bs)
+    page_1, real_page, flattened = (min(-(-blocks // items), most) for blocks in units)
     return Geometry(tiles, row_parts, page_1, real_page, flattened, items)
 
 
@@ -171,20 +173,15 @@ def _blocks(columns: int, columns_per_item: int) -> int:
     return max(1, -(-columns // (columns_per_item * _launch.BLOCK_THREADS)))
 
 
-def plan_launch(
-    call: FusedCall, units: TableUnits, direct: str | None, num_sms: int, tiled: bool
-) -> tuple[Geometry, tuple[tuple[str, int], ...]]:
-    """Geometry, and kernels and grids in order, of a call from its numbers.
+#: Kernels and grids, in order.
+Launches = tuple[tuple[str, int], ...]
 
-    Tiles of requests, blocks over their rows (of which the ``direct`` kernel has one), blocks over
-    the columns of each table row.
-    """
-    if tiled or not is_small(call):
-        direct = None
-    rows = max(call.total_len, call.pad_to) if direct is None else 0
-    shape = cut_up(call.bs, rows, units, num_sms)
-    last = (direct or "fused", shape.grid(call.bs))
-    return shape, ((("fused_tiles", shape.num_tiles), last) if tiled else (last,))
+
+def launches_of(bs: int, shape: Geometry, direct: str | None, tiled: bool) -> Launches:
+    """Tiles of requests, blocks over their rows (of which a ``direct`` kernel has one), blocks over
+    the columns of each table row."""
+    last = (direct or "fused", shape.grid(bs))
+    return (("fused_tiles", shape.num_tiles), last) if tiled else (last,)
 
 
 def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) -> None:
@@ -281,66 +278,79 @@ def _inverse(divisor: int) -> int:
     return -(-(1 << 32) // divisor) if divisor > 1 else 0
 
 
-class _Numbers(NamedTuple):
-    """Numbers of a ``FusedCall``: bounds of smaller calls, then what has to be equal."""
+class Numbers(NamedTuple):
+    """What may differ between calls on the same tensors: those of a ``FusedCall``."""
 
     bs: int
     total_len: int
     pad_to: int
-    width: int
-    topk: int
-    page_size: int
-    kv_add: int
+    uniform_q: int
+    total_is_capacity: bool = False
 
 
-def _numbers(call: FusedCall) -> _Numbers:
-    return _Numbers(*(getattr(call, name) for name in _Numbers._fields))
+def numbers_of(call: FusedCall) -> Numbers:
+    return Numbers(call.bs, call.total_len, call.pad_to, call.uniform_q, call.total_is_capacity)
 
 
 class Template:
-    """Checked tensors, packed once: the numbers of a call are packed into a copy.
+    """Checked tensors, top-k, page size and width, packed once for any numbers.
 
-    Keeps no tensor alive.
+    Keeps no tensor alive. Threads may share one.
     """
 
     def __init__(self, call: FusedCall, num_sms: int, status: int) -> None:
-        self.num_sms = num_sms
+        self._num_sms = num_sms
         self._units = table_units(call)
         self._direct = direct_kernel(call)
+        self._max_extend_len = call.max_extend_len
         base = bytearray(ARGS.size)
-        shape, _ = plan_launch(call, self._units, self._direct, num_sms, False)
+        shape = cut_up(call.bs, 1, self._units, num_sms)
         _pack_all(base, call._replace(total_is_capacity=False), shape, status)
         self._base = bytes(base)
         self._flags: int = _SHAPE.unpack_from(base, _SHAPE_AT)[-1]
-        self._numbers = _numbers(call)
+        #: By what the grid depends on: the arguments but for the numbers, kernels and grids.
+        self._shapes: dict[tuple[Any, ...], tuple[bytes, Launches]] = {}
 
-    def covers(self, call: FusedCall) -> bool:
-        """Whether a call on these tensors is right because this one, no smaller, was checked."""
-        old, new = self._numbers, _numbers(call)
-        return (
-            set(map(type, new)) == {int}
-            and 0 <= new.bs <= old.bs
-            and 0 <= new.total_len <= old.total_len
-            and 0 <= new.pad_to <= old.pad_to
-            and new[3:] == old[3:]
-        )
+    def fill(self, buffer: bytearray, numbers: Numbers, tile_sums: int = 0) -> Launches:
+        """Pack the arguments of a launch; its kernels and grids."""
+        bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
+        direct = self._direct
+        if tile_sums or not is_small(bs, uniform_q, self._max_extend_len, pad_to):
+            direct = None
+        row_parts = 1 if direct else parts_of_rows(bs, max(total_len, pad_to))
+        key = bs, row_parts, direct, tile_sums, total_is_capacity
+        found = self._shapes.get(key)
+        if found is None:
+            if len(self._shapes) >= MAX_SHAPES:
+                self._shapes.clear()
+            found = self._shapes[key] = self._shape(*key)
+        arguments, launches = found
+        buffer[: ARGS.size] = arguments
+        _SIZES.pack_into(buffer, _SIZES_AT, bs, total_len, pad_to)
+        _UNIFORM_Q.pack_into(buffer, _UNIFORM_Q_AT, uniform_q)
+        return launches
 
-    def pack(self, call: FusedCall, tile_sums: int = 0) -> PackedLaunch:
-        """The launch of a call with the same tensors, top-k, page size and width."""
-        shape, launches = plan_launch(call, self._units, self._direct, self.num_sms, tile_sums != 0)
+    def pack(self, numbers: Numbers, tile_sums: int = 0) -> PackedLaunch:
+        """A launch that can be made again."""
+        arguments = bytearray(ARGS.size)
+        launches = self.fill(arguments, numbers, tile_sums)
+        return PackedLaunch(arguments, launches)
+
+    def _shape(
+        self, bs: int, row_parts: int, direct: str | None, tile_sums: int, total_is_capacity: bool
+    ) -> tuple[bytes, Launches]:
+        shape = cut_up(bs, row_parts, self._units, self._num_sms)
         arguments = bytearray(self._base)
-        _SIZES.pack_into(arguments, _SIZES_AT, call.bs, call.total_len, call.pad_to)
-        _UNIFORM_Q.pack_into(arguments, _UNIFORM_Q_AT, call.uniform_q)
-        flags = self._flags | (TOTAL_IS_CAPACITY if call.total_is_capacity else 0)
+        flags = self._flags | (TOTAL_IS_CAPACITY if total_is_capacity else 0)
         _SHAPE.pack_into(arguments, _SHAPE_AT, *shape, flags)
         _POINTER.pack_into(arguments, _TILE_SUMS_AT, tile_sums)
         _INVERSE.pack_into(arguments, _INVERSE_AT, _inverse(shape.table_blocks))
-        return PackedLaunch(arguments, launches)
+        return bytes(arguments), launches_of(bs, shape, direct, tile_sums != 0)
 
 
 def pack(call: FusedCall, num_sms: int, status: int, tile_sums: int = 0) -> PackedLaunch:
     """The launch of a checked call; ``tile_sums`` is 0 in the one-launch form."""
-    return Template(call, num_sms, status).pack(call, tile_sums)
+    return Template(call, num_sms, status).pack(numbers_of(call), tile_sums)
 
 
 def capture(state: _launch.DeviceState, packed: PackedLaunch) -> CapturedLaunch:
@@ -356,10 +366,19 @@ def capture(state: _launch.DeviceState, packed: PackedLaunch) -> CapturedLaunch:
 # ---- Calls on known tensors ---------------------------------------------------------------------
 
 
+class _Checked(NamedTuple):
+    """A call on known tensors that was checked: no larger one is checked again."""
+
+    template: Template
+    most: Numbers
+    #: Of its scalars those that have to be the same; (): smaller ones are checked, too.
+    constants: tuple[Any, ...]
+
+
 class _KnownCall:
     """What is kept for calls on known tensors, of which none is kept alive."""
 
-    __slots__ = ("addresses", "guard", "packed", "pick", "state", "template")
+    __slots__ = ("addresses", "checked", "guard", "packed", "pick", "state")
 
     def __init__(
         self,
@@ -367,94 +386,184 @@ class _KnownCall:
         guard: _known.Guard,
         addresses: tuple[int, ...],
         state: _launch.DeviceState,
-        template: Template,
+        checked: _Checked,
     ) -> None:
         self.pick = pick  # of a call's tensors those that are not None, each once
         self.guard = guard
         self.addresses = addresses
         self.state = state
-        self.packed: dict[tuple[Any, ...], PackedLaunch] = {}  # by the scalars of a call
-        #: Of the largest call that was checked. Threads share this object: the template is read
-        #: once by whoever asks it and packs with it, and replaced as a whole.
-        self.template = template
+        #: By the scalars of a call; None: met once, not yet packed for good.
+        self.packed: dict[tuple[Any, ...], PackedLaunch | None] = {}
+        #: Of the last call that was checked. Threads share this object: it is read once by whoever
+        #: packs with it, and replaced as a whole.
+        self.checked = checked
 
-    def keep(self, scalars: tuple[Any, ...], packed: PackedLaunch) -> None:
+    def keep(self, scalars: tuple[Any, ...], packed: PackedLaunch | None) -> None:
         if len(self.packed) >= MAX_PACKED:
             self.packed.clear()
         self.packed[scalars] = packed
 
+    def meet(self, scalars: tuple[Any, ...], numbers: Numbers, template: Template) -> None:
+        """Launch with scalars that were not met before, or once: the second time packs for good."""
+        state = self.state
+        stream = _launch.current_raw_stream(state.device)
+        if scalars in self.packed:
+            packed = template.pack(numbers)
+            self.keep(scalars, packed)
+            state.launch(packed, stream, packed.launches)
+            return
+        self.keep(scalars, None)
+        slot = state.take_slot()
+        try:
+            state.launch(slot, stream, template.fill(slot.buffer, numbers))
+        finally:
+            state.give_slot(slot)
+
 
 MAX_KNOWN = 256
 MAX_PACKED = 1024  # of one known call
+MAX_SHAPES = 1024  # of one template
 _calls: _known.KnownCalls[_KnownCall] = _known.KnownCalls(MAX_KNOWN)
 _CUDA_BACKENDS = ("auto", "cuda")
+
+
+class _Op(NamedTuple):
+    """How the numbers of a call follow from its scalars, of which the first few may vary."""
+
+    name: str
+    num_varying: int
+    #: From scalars and the numbers of the call checked before; None: to be checked.
+    numbers: Callable[[tuple[Any, ...], Numbers], Numbers | None]
+
+
+def _decode_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers:
+    bs = scalars[0]
+    return Numbers(bs, bs, 0, 1)
+
+
+def _verify_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers:
+    bs, next_n = scalars[0], scalars[4]
+    return Numbers(bs, bs * next_n, 0, next_n)
+
+
+def _draft_extend_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers | None:
+    bs, total_len, _width, _topk, _page_size, max_extend_len, _, static = scalars[:8]
+    if total_len > bs * max_extend_len:
+        return None
+    return Numbers(bs, total_len, 0, promised_q(static, bs, total_len))
+
+
+def _extend_numbers(scalars: tuple[Any, ...], most: Numbers) -> Numbers | None:
+    total_len, pad_to = scalars[:2]
+    if pad_to is None:
+        pad_to = 0
+    elif pad_to < total_len:
+        return None
+    return Numbers(most.bs, total_len, pad_to, -1)
+
+
+_DECODE = _Op("decode", 1, _decode_numbers)
+_VERIFY = _Op("verify", 1, _verify_numbers)
+_DRAFT_EXTEND = _Op("draft_extend", 2, _draft_extend_numbers)
+_EXTEND = _Op("extend", 2, _extend_numbers)
 
 
 class _Met(NamedTuple):
     """A call that was not launched by what is known of it."""
 
+    op: _Op
     key: tuple[Any, ...]
     tensors: tuple[Any, ...]
     scalars: tuple[Any, ...]
-    known: _KnownCall | None  # whose tensors are those of this call, to be launched as then
+    known: _KnownCall | None  # whose tensors are those of this call
 
 
-def _again(op: str, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met | None:
+def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met | None:
     """Launch a call that is known; None when that was done."""
-    key = (op, *map(id, tensors))
+    key = (op.name, *map(id, tensors))
     known = _calls.find(key)
-    scalars = (*scalars, *map(type, scalars))  # 4.0 and True are not 4 and 1
-    if known is not None:
-        present = known.pick(tensors)
-        if (
-            known.guard(*present)
-            and known.addresses == tuple(map(_known.data_ptr, present))
-            and _env.backend() in _CUDA_BACKENDS
-            and not _env.debug_sync()
-        ):
-            try:
-                packed = known.packed.get(scalars)
-            except TypeError:  # a number that cannot be hashed; the check raises
-                packed = None
-            if packed is not None:
-                _launch_again(known.state, packed)
+    if known is None:
+        return _Met(op, key, tensors, scalars, None)
+    present = known.pick(tensors)
+    variables = _env.variables
+    if (
+        not known.guard(*present)
+        or known.addresses != tuple(map(_known.data_ptr, present))
+        or (_env.BACKEND in variables and _env.backend() not in _CUDA_BACKENDS)
+        or (_env.DEBUG_SYNC in variables and _env.debug_sync())
+    ):
+        return _Met(op, key, tensors, scalars, None)
+    try:
+        packed = known.packed.get(scalars)
+    except TypeError:  # a number that cannot be hashed; the check raises
+        return _Met(op, key, tensors, scalars, None)
+    if packed is None:
+        template, most, constants = known.checked
+        if scalars[op.num_varying :] == constants:
+            numbers = op.numbers(scalars, most)
+            if (
+                numbers is not None
+                and 0 <= numbers.bs <= most.bs
+                and 0 <= numbers.total_len <= most.total_len
+                and 0 <= numbers.pad_to <= most.pad_to
+            ):
+                known.meet(scalars, numbers, template)
                 return None
-        else:
-            known = None
-    return _Met(key, tensors, scalars, known)
-
-
-def _launch_again(state: _launch.DeviceState, packed: PackedLaunch) -> None:
-    """Enqueue what was launched before, from the second time on as a captured launch."""
+        return _Met(op, key, tensors, scalars, known)
+    # From the second time on as a captured launch.
+    state = known.state
     stream = _launch.current_raw_stream(state.device)
-    if _env.graph_cache() and not (stream and state.is_capturing(stream)):
+    if (_env.GRAPH_CACHE not in variables or _env.graph_cache()) and not (
+        stream and state.is_capturing(stream)
+    ):
         cache = thread.cache
-        captured = cache.lookup((stream, packed), capture, state, packed)
+        captured = cache.graphs.get((stream, packed))
         if captured is not None:
-            cache.launch(captured, stream)
-            return
+            cache.hits = captured.last_used = cache.hits + 1
+        else:
+            captured = cache.lookup((stream, packed), capture, state, packed)
+        if captured is not None:
+            try:
+                captured.launch(stream)
+            except BaseException:
+                cache.discard(captured)
+                raise
+            return None
     state.launch(packed, stream, packed.launches)
+    return None
 
 
 def _keep(call: FusedCall, state: _launch.DeviceState, met: _Met) -> None:
     """Keep what is known of a call that was checked, when its tensors are met again."""
-    known = met.known
-    if known is None and not _calls.is_due(met.key):
+    op, key, tensors, scalars, known = met
+    if known is None and not _calls.is_due(key):
         return
-    template = Template(call, state.num_sms, state.sticky_status)
-    if known is None:
-        places = {id(tensor): k for k, tensor in enumerate(met.tensors) if tensor is not None}
-        present = [met.tensors[k] for k in places.values()]
-        if len(present) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in present):
-            return  # something that DLPack shares
-        guard = _known.guard(present)
-        if guard is None:
-            return
+    template, numbers = Template(call, state.num_sms, state.sticky_status), numbers_of(call)
+    is_plain = _PLAIN_TYPES.issuperset(map(type, scalars))
+    checked = _Checked(template, numbers, scalars[op.num_varying :] if is_plain else ())
+    if known is not None:
+        known.checked = checked
+        known.keep(scalars, template.pack(numbers))
+        return
+    places = {id(tensor): k for k, tensor in enumerate(tensors) if tensor is not None}
+    present = [tensors[k] for k in places.values()]
+    if len(present) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in present):
+        return  # something that DLPack shares
+    guard = _known.guard(present)
+    if guard is not None:
         pick = itemgetter(*places.values())
-        known = _KnownCall(pick, guard, _known.addresses(present), state, template)
-        _calls.keep(met.key, known, present)
-    known.template = template
-    known.keep(met.scalars, template.pack(call))
+        known = _KnownCall(pick, guard, _known.addresses(present), state, checked)
+        known.keep(scalars, template.pack(numbers))
+        _calls.keep(key, known, present)
+
+
+_PLAIN_TYPES = frozenset((int, bool, type(None)))  # not those of ``_typed``
+
+
+def _typed(*scalars: Any) -> tuple[Any, ...]:
+    """Scalars of other types than expected, which may be right or wrong, and equal right ones: 4.0
+    and True are not 4 and 1."""
+    return (*scalars, *map(type, scalars))
 
 
 def _enqueue(call: FusedCall, state: _launch.DeviceState, stream: int, status: int) -> None:
@@ -483,15 +592,6 @@ def _runs_cuda(device: int) -> bool:
 
 def _run(call: FusedCall, width_name: str, met: _Met) -> None:
     """Check and enqueue; under CUPY_NSA_META_DEBUG_SYNC=1 read the status and raise."""
-    known = met.known
-    template = None if known is None else known.template
-    if known is not None and template is not None and template.covers(call):
-        packed = template.pack(call)
-        known.keep(met.scalars, packed)
-        state = known.state
-        stream = _launch.current_raw_stream(state.device)
-        state.launch(packed, stream, packed.launches)
-        return
     call = _check.fused(call, width_name)
     device = call.device
     if _runs_cuda(device):
@@ -678,13 +778,19 @@ def fused_dsa_decode_metadata(
         return
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
+    scalars: tuple[Any, ...] = (bs, max_len, dsa_index_topk, physical_page_size)
+    if not (
+        bs.__class__ is max_len.__class__ is int
+        and dsa_index_topk.__class__ is physical_page_size.__class__ is int
+    ):
+        scalars = _typed(*scalars)
     met = _again(
-        "decode",
+        _DECODE,
         (
             seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
             dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
         ),
-        (bs, max_len, dsa_index_topk, physical_page_size),
+        scalars,
     )  # fmt: skip
     if met is None:
         return
@@ -773,14 +879,20 @@ def fused_dsa_target_verify_metadata(
         return
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
+    scalars: tuple[Any, ...] = (bs, max_seqlen_k, dsa_index_topk, physical_page_size, next_n)
+    if not (
+        bs.__class__ is max_seqlen_k.__class__ is next_n.__class__ is int
+        and dsa_index_topk.__class__ is physical_page_size.__class__ is int
+    ):
+        scalars = _typed(*scalars)
     met = _again(
-        "verify",
+        _VERIFY,
         (
             seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k, page_table_1,
             seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
             paged_mqa_ctx_lens_2d,
         ),
-        (bs, max_seqlen_k, dsa_index_topk, physical_page_size, next_n),
+        scalars,
     )  # fmt: skip
     if met is None:
         return
@@ -888,16 +1000,24 @@ def fused_dsa_draft_extend_metadata(
         return
     if physical_page_size is REQUIRED or real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
+    scalars: tuple[Any, ...] = (
+        bs, total_len, max_seqlen_k, dsa_index_topk, physical_page_size, max_extend_len,
+        max_total_len, static_extend_len,
+    )  # fmt: skip
+    if not (
+        bs.__class__ is total_len.__class__ is max_seqlen_k.__class__ is int
+        and dsa_index_topk.__class__ is physical_page_size.__class__ is int
+        and max_extend_len.__class__ is max_total_len.__class__ is int
+        and static_extend_len.__class__ is bool
+    ):
+        scalars = _typed(*scalars)
     met = _again(
-        "draft_extend",
+        _DRAFT_EXTEND,
         (
             seq_lens, extend_seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k,
             page_table_1, seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, real_page_table,
         ),
-        (
-            bs, total_len, max_seqlen_k, dsa_index_topk, physical_page_size, max_extend_len,
-            max_total_len, static_extend_len,
-        ),
+        scalars,
     )  # fmt: skip
     if met is None:
         return
@@ -935,9 +1055,6 @@ def fused_dsa_draft_extend_metadata(
             )
     if static_extend_len is not True and static_extend_len is not False:
         static_extend_len = _check.boolean("static_extend_len", static_extend_len)
-    uniform_q = -1
-    if static_extend_len and bs and total_len % bs == 0:  # otherwise the lengths cannot be equal
-        uniform_q = total_len // bs
     outputs = FusedOutputs(
         cache_seqlens=cache_seqlens,
         cu_seqlens_k=cu_seqlens_k,
@@ -949,10 +1066,18 @@ def fused_dsa_draft_extend_metadata(
     )
     call = FusedCall(
         seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
-        max_seqlen_k, dsa_index_topk, physical_page_size, uniform_q, 0, 0, False, -1,
-        False, min(max_extend_len, INT32_MAX),
+        max_seqlen_k, dsa_index_topk, physical_page_size,
+        promised_q(static_extend_len, bs, total_len), 0, 0, False, -1, False,
+        min(max_extend_len, INT32_MAX),
     )  # fmt: skip
     _run(call, "max_seqlen_k", met)
+
+
+def promised_q(static_extend_len: bool, bs: int, total_len: int) -> int:
+    """``uniform_q`` of a draft-extend call; -1: the lengths are read."""
+    if static_extend_len and bs and total_len % bs == 0:  # otherwise they cannot be equal
+        return total_len // bs
+    return -1
 
 
 def _extend_sizes(bs: Any, total_len: Any, bound_name: str, bound: Any) -> tuple[int, int]:
@@ -1050,19 +1175,28 @@ def fused_dsa_extend_metadata(
             page_table_1_flattened=page_table_1_flattened,
         )  # fmt: skip
         return
-    physical_page_size = _page_size(physical_page_size, real_page_size)
-    outputs = FusedOutputs(
-        cache_seqlens, cu_seqlens_k, cu_seqlens_q, extend_start_loc, seqlens_expanded,
-        dsa_cache_seqlens, dsa_cu_seqlens_k, token_to_batch_idx, ks, ke, topk_indices_offset,
-        positions, None, page_table_1, real_page_table, page_table_1_flattened,
-    )  # fmt: skip
+    if physical_page_size is PAGE_SIZE_64 or real_page_size is not None:
+        physical_page_size = _page_size(physical_page_size, real_page_size)
+    scalars: tuple[Any, ...] = (total_len, pad_to, dsa_index_topk, max_seqlen_k, physical_page_size)
+    if not (
+        total_len.__class__ is dsa_index_topk.__class__ is physical_page_size.__class__ is int
+        and (pad_to is None or pad_to.__class__ is int)
+        and (max_seqlen_k is None or max_seqlen_k.__class__ is int)
+    ):
+        scalars = _typed(*scalars)
     met = _again(
-        "extend",
-        (seq_lens, extend_seq_lens, req_pool_indices, req_to_token, *outputs),
-        (total_len, dsa_index_topk, max_seqlen_k, physical_page_size, pad_to),
-    )
+        _EXTEND,
+        (
+            seq_lens, extend_seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k,
+            cu_seqlens_q, extend_start_loc, seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k,
+            token_to_batch_idx, ks, ke, topk_indices_offset, positions, None, page_table_1,
+            real_page_table, page_table_1_flattened,
+        ),
+        scalars,
+    )  # fmt: skip
     if met is None:
         return
+    outputs = FusedOutputs(*met.tensors[4:])
     if not isinstance(seq_lens, torch.Tensor):
         seq_lens = _check.as_tensor("seq_lens", seq_lens)
     if not isinstance(extend_seq_lens, torch.Tensor):

@@ -56,6 +56,7 @@ class FusedPlan:
         #: 0; None while a run is on its way, and after one that was interrupted, whose launch may
         #: still write its word.
         self._run_status: torch.Tensor | None = None
+        #: By the numbers of a batch and their types.
         self._packed: dict[Any, PackedLaunch] = {}
         self._captured: dict[Any, CapturedLaunch] = {}
         if not fused._runs_cuda(call.device):
@@ -85,20 +86,20 @@ class FusedPlan:
         Can be captured; replay takes bs, total_len and pad_to of the capture, and the lengths of
         its own time. Under CUPY_NSA_META_DEBUG_SYNC=1 it is ``run`` outside of captures.
         """
+        key = bs, total_len, pad_to, bs.__class__, total_len.__class__, pad_to.__class__
         try:
-            captured = self._captured.get(_key(bs, total_len, pad_to))
+            captured = self._captured.get(key)
         except TypeError:  # a number that cannot be hashed; the check raises
             captured = None
-        debug_sync = _env.debug_sync()
-        if captured is not None and not debug_sync:
+        if _env.DEBUG_SYNC in _env.variables and _env.debug_sync() and not self._is_capturing():
+            self.run(bs, total_len, pad_to=pad_to)
+            return
+        if captured is not None:
             stream = current_raw_stream(self._device)
             if not (stream and captured.state.is_capturing(stream)):
                 captured.launch(stream)
                 return
-        if debug_sync and not self._is_capturing():
-            self.run(bs, total_len, pad_to=pad_to)
-            return
-        self._enqueue(bs, total_len, pad_to, self._status)
+        self._enqueue(key, self._status)
 
     def run(
         self, bs: int | None = None, total_len: int | None = None, *, pad_to: int | None = None
@@ -119,7 +120,8 @@ class FusedPlan:
             word, self._run_status = self._run_status, None
             if word is None:
                 word = torch.zeros_like(self._status)
-            self._enqueue(bs, total_len, pad_to, word)
+            key = bs, total_len, pad_to, bs.__class__, total_len.__class__, pad_to.__class__
+            self._enqueue(key, word)
             met = int(word.item())
             if met:
                 word.zero_()
@@ -150,13 +152,14 @@ class FusedPlan:
     def __reduce__(self) -> Any:
         raise _launch.not_movable(self._name)
 
-    def _enqueue(self, bs: Any, total_len: Any, pad_to: Any, status: torch.Tensor) -> None:
+    def _enqueue(self, key: tuple[Any, ...], status: torch.Tensor) -> None:
+        """Launch for a batch: its numbers, and their types, since 4.0 and True are not 4 and 1."""
+        bs, total_len, pad_to = key[:3]
         state = self._state
         if state is None:
             met = reference_fused.metadata(self._batch(bs, total_len, pad_to))
             torch.maximum(status, met, out=status)
             return
-        key = _key(bs, total_len, pad_to)
         try:
             packed = self._packed.get(key)
         except TypeError:  # a number that cannot be hashed; the check raises
@@ -183,7 +186,7 @@ class FusedPlan:
     def _pack(self, call: FusedCall) -> PackedLaunch:
         """The plan's arguments with the numbers of one batch."""
         tiled = call.bs > fused.ONE_LAUNCH_MAX_BS
-        return self._template.pack(call, self._scratch.data_ptr() if tiled else 0)
+        return self._template.pack(fused.numbers_of(call), self._scratch.data_ptr() if tiled else 0)
 
     def _batch(self, bs: Any, total_len: Any, pad_to: Any) -> FusedCall:
         """The plan's call with the numbers of one batch, checked against the capacities."""
@@ -201,9 +204,7 @@ class FusedPlan:
                 f"max_extend_len {self._max_extend_len}), got {total_len}"
             )
         rows = bound if total_len is None else int(total_len)
-        uniform_q = -1
-        if self._static and total_len is not None and bs and rows % bs == 0:
-            uniform_q = rows // bs
+        uniform_q = fused.promised_q(self._static and total_len is not None, bs, rows)
         if pad_to is None:
             pad_to = 0
         elif not call.pad_to and pad_to != 0:  # 0 pads no row
@@ -219,11 +220,6 @@ class FusedPlan:
             uniform_q=uniform_q,
             total_is_capacity=total_len is None,
         )
-
-
-def _key(bs: Any, total_len: Any, pad_to: Any) -> tuple[Any, ...]:
-    """The numbers of a launch with their types: 4.0 and True are not 4 and 1."""
-    return bs, total_len, pad_to, bs.__class__, total_len.__class__, pad_to.__class__
 
 
 def plan_fused_dsa_decode_metadata(

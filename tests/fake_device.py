@@ -103,7 +103,7 @@ class FakeState(_launch.DeviceState):
         self._base = self._memory.ctypes.data
         self._counts = torch.zeros(NUM_SLOTS, dtype=torch.int32)
         self._counts_ptr = self._counts.data_ptr()
-        self.words = memoryview(self._memory)
+        self._share_words(memoryview(self._memory).cast("B"))
         self._status = torch.zeros(1, dtype=torch.int32)
         self.sticky_status = self._status.data_ptr()
         self._next_slot = count()

@@ -507,20 +507,15 @@ def test_geometry_stays_in_bounds():
     for item in CASES + LARGE_CASES:
         call = fused_call(item)
         for num_sms in (1, 20, 132):
-            shape, _ = fused.plan_launch(
-                call,
-                fused.table_units(call),
-                fused.direct_kernel(call),
-                num_sms,
-                False,
-            )
+            parts = fused.parts_of_rows(call.bs, max(call.total_len, call.pad_to))
+            shape = fused.cut_up(call.bs, parts, fused.table_units(call), num_sms)
             assert shape.row_parts >= 1
             assert 1 <= shape.table_items <= fused.MAX_ITEMS_PER_THREAD
             assert shape.num_tiles * fused.REQUESTS_PER_TILE >= call.bs
             has_tables = bool(call.bs) and any(t is not None for t in call.outputs[13:])
             assert (shape.table_blocks > 0) == has_tables
             assert shape.grid(call.bs) < 2**31
-            if fused.is_small(call) and shape.table_blocks > 1:
+            if call.bs <= fused.REQUESTS_PER_TILE and shape.table_blocks > 1:
                 last = call.bs * shape.table_blocks - 1
                 inverse = fused._inverse(shape.table_blocks)
                 for table in (last, last - shape.table_blocks, last + 1 - shape.table_blocks):
@@ -575,18 +570,17 @@ def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
     small = built.arguments | {"bs": 2}
     for _ in range(3):
         built.run()
-    covers = fused.Template.covers
+    op = fused._DECODE
     others = [built.arguments | {"dsa_index_topk": 7}]
 
-    def interrupted(template, call):
-        answer = covers(template, call)
-        if answer and others:
+    def interrupted(scalars, most):
+        if others:
             thread = threading.Thread(target=FUNCTIONS["decode"], kwargs=others.pop())
             thread.start()
             thread.join()
-        return answer
+        return op.numbers(scalars, most)
 
-    monkeypatch.setattr(fused.Template, "covers", interrupted)
+    monkeypatch.setattr(fused, "_DECODE", op._replace(numbers=interrupted))
     FUNCTIONS["decode"](**small)
     assert not others
     monkeypatch.undo()
