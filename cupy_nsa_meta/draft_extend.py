@@ -320,9 +320,8 @@ def know(
     if known_key is None or key.bs > ONE_LAUNCH_MAX_BS:
         return None
     calls = thread.known
-    addresses = _known.addresses(tensors)
     known = calls.find(known_key)
-    if known is not None and known.addresses == addresses and known.guard(*tensors):
+    if known is not None and known.addresses == _known.addresses(tensors) and known.guard(*tensors):
         return known
     if not calls.is_due(known_key):
         return None
@@ -330,7 +329,8 @@ def know(
     if guard is None:
         return None
     room = min(tensors[2].numel(), tensors[3].numel(), INT32_MAX)
-    known = KnownCall(guard, addresses, state, KnownArguments(key, room, out_total))
+    arguments = KnownArguments(key, room, out_total)
+    known = KnownCall(guard, _known.addresses(tensors), state, arguments)
     calls.keep(known_key, known, tensors)
     return known
 
