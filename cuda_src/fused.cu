@@ -66,59 +66,65 @@ enum FusedFlags : u32 {
   kHasVectors = 64,        // of fused_direct: rows of page_table_1 can be copied by 16 bytes
 };
 
-// Packed by cupy_nsa_meta/fused.py, field by field in this order.
+// Packed by cupy_nsa_meta/fused.py, field by field in this order: that in which the kernels of small
+// batches first need them. The constants of a launch are new to every multiprocessor, and a line of 64
+// bytes that is met late in a chain costs a latency there. Parameters begin 16 bytes into a line.
 struct FusedArgs {
+  // What the addresses of the first loads are made of.
   const void* seq_lens;          // [bs]
-  const void* extend_seq_lens;   // [bs] or null
   const void* req_pool_indices;  // [bs] or null
-  const int* req_to_token;       // [pool_rows, token_width] or null
+  int bs;
+  int uniform_q;
+  u32 flags;
+  int page_1_blocks;  // blocks per request, for each table; 0: not wanted
+  int real_page_blocks;
+  u32 blocks_inverse;  // of fused_direct: ceil(2^32 / blocks of a request); 0 where there is one
+  int seq_step;        // of fused_direct: bytes between lengths
+  int pool_step;
+  // Line 1: the first loads of fused_direct, then what their values meet.
+  const void* extend_seq_lens;  // [bs] or null
+  const int* req_to_token;      // [pool_rows, token_width] or null
+  i64 token_stride;             // between rows of req_to_token
+  i64 pool_rows;
+  int extend_step;
+  int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
+  int total_len;
+  int kv_add;
+  int topk;
+  int width;       // columns of page_table_1
+  int page_shift;  // log2 of the page size
+  int token_width;
+  // Line 2: where small batches are written to.
   int* cache_seqlens;
   int* cu_seqlens_k;
-  int* cu_seqlens_q;
-  int* extend_start_loc;
-  int* seqlens_expanded;
   int* dsa_cache_seqlens;
   int* dsa_cu_seqlens_k;
+  int* page_table_1;
+  i64 page_1_stride;
+  int* real_page_table;
+  i64 real_page_stride;
+  // Line 3: what some small batches have, then the rest.
+  int* seqlens_expanded;
+  int* paged_mqa_ctx_lens_2d;
+  i64 mqa_stride;
+  int* status;     // [1], raised to the largest status met
+  i64* tile_sums;  // [kTileSums, num_tiles] scratch of the two-launch form, else null
+  int pad_to;      // 0: no padding
+  int num_tiles;   // max(1, ceil(bs / kRequestsPerTile))
+  int row_parts;   // blocks per tile
+  int flattened_blocks;
+  int* cu_seqlens_q;
+  int* extend_start_loc;
   int* token_to_batch_idx;
   int* ks;
   int* ke;
   int* topk_indices_offset;
   i64* positions;
-  int* paged_mqa_ctx_lens_2d;
-  int* page_table_1;
-  int* real_page_table;
   int* page_table_1_flattened;
-  int* status;     // [1], raised to the largest status met
-  i64* tile_sums;  // [kTileSums, num_tiles] scratch of the two-launch form, else null
+  i64 flattened_size;
   i64 seq_stride;
   i64 extend_stride;
   i64 pool_stride;
-  i64 token_stride;  // between rows of req_to_token
-  i64 page_1_stride;
-  i64 real_page_stride;
-  i64 mqa_stride;
-  i64 flattened_size;
-  i64 pool_rows;
-  int token_width;
-  int bs;
-  int total_len;
-  int pad_to;      // 0: no padding
-  int width;       // columns of page_table_1
-  int page_shift;  // log2 of the page size
-  int topk;
-  int uniform_q;
-  int kv_add;
-  int num_tiles;      // max(1, ceil(bs / kRequestsPerTile))
-  int row_parts;      // blocks per tile
-  int page_1_blocks;  // blocks per request, for each table; 0: not wanted
-  int real_page_blocks;
-  int flattened_blocks;
-  int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
-  u32 flags;
-  int seq_step;  // of fused_direct: bytes between lengths
-  int extend_step;
-  int pool_step;
-  u32 blocks_inverse;  // ceil(2^32 / blocks of a request); 0 where there is one
 };
 static_assert(sizeof(FusedArgs) == 328, "cupy_nsa_meta/fused.py packs 328 bytes");
 
