@@ -369,20 +369,46 @@ struct DirectShared {
   u32 unusual[kBlockWarps];
 };
 
-// Length idx of an array whose elements are `step` bytes apart.
-__device__ __forceinline__ Length direct_length(const void* lengths, int idx, int step, bool is_int64) {
-  const char* const at = static_cast<const char*>(lengths) + static_cast<i64>(idx) * step;
-  const int low = __ldg(reinterpret_cast<const int*>(at));
-  const int second = __ldg(reinterpret_cast<const int*>(at + (is_int64 ? sizeof(int) : 0)));
-  return {low, is_int64 ? second : low >> 31};
+// Lengths of an array whose elements are `step` bytes apart: loaded first, looked at later.
+struct DirectLength {
+  const char* at;
+  bool is_int64;
+  int low = 0;
+  int second = 0;  // of an int64: the high word
+
+  __device__ __forceinline__ DirectLength(const void* lengths, int idx, int step, bool is_int64)
+      : at(static_cast<const char*>(lengths) + static_cast<i64>(idx) * step), is_int64(is_int64) {}
+
+  __device__ __forceinline__ void load() {
+    low = __ldg(reinterpret_cast<const int*>(at));
+    second = __ldg(reinterpret_cast<const int*>(at + (is_int64 ? sizeof(int) : 0)));
+  }
+
+  __device__ __forceinline__ Length value() const { return {low, is_int64 ? second : low >> 31}; }
+};
+
+__device__ __forceinline__ DirectLength direct_seq_len(const FusedArgs& args, int idx) {
+  return {args.seq_lens, idx, args.seq_step, (args.flags & kFusedSeqIsInt64) != 0};
 }
 
-__device__ __forceinline__ Length direct_seq_len(const FusedArgs& args, int idx) {
-  return direct_length(args.seq_lens, idx, args.seq_step, (args.flags & kFusedSeqIsInt64) != 0);
+__device__ __forceinline__ DirectLength direct_extend_len(const FusedArgs& args, int idx) {
+  return {args.extend_seq_lens, idx, args.extend_step, (args.flags & kFusedExtendIsInt64) != 0};
 }
 
-__device__ __forceinline__ Length direct_extend_len(const FusedArgs& args, int idx) {
-  return direct_length(args.extend_seq_lens, idx, args.extend_step, (args.flags & kFusedExtendIsInt64) != 0);
+__device__ __forceinline__ DirectLength direct_pool_index(const FusedArgs& args, int idx) {
+  return {args.req_pool_indices, idx, args.pool_step, (args.flags & kFusedPoolIsInt64) != 0};
+}
+
+// The same value, made where this stands: while the first loads are under way, rather than behind
+// them where it is used. So the line of constants that it comes from is there by then.
+template <class T>
+__device__ __forceinline__ T* made_here(T* value) {
+#ifdef __CUDA_ARCH__
+  u64 global = __cvta_generic_to_global(value);  // or its accesses would be generic ones
+  asm volatile("" : "+l"(global));
+  value = static_cast<T*>(__cvta_global_to_generic(global));
+#endif
+  return value;
 }
 
 // kUniform: every request has uniform_q query tokens, and there are no extend lengths.
@@ -398,15 +424,16 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   const bool spreads = bs <= kWarpThreads;
   const int idx = spreads ? lane : thread;
   const bool exists = idx < bs;
-  Length seq = {0, 0}, extend = {0, 0};
+  DirectLength seq_words = direct_seq_len(args, idx), extend_words = direct_extend_len(args, idx);
   if (exists) {
-    seq = direct_seq_len(args, idx);
-    if constexpr (kUniform) {
-      extend.low = args.uniform_q;
-    } else {
-      extend = direct_extend_len(args, idx);
-    }
+    seq_words.load();
+    if constexpr (!kUniform) extend_words.load();
   }
+  int* const cache_at = made_here(args.cache_seqlens + idx);        // where most results go: the same line
+  int* const expanded_at = made_here(args.seqlens_expanded + idx);  // the line after it
+  const Length seq = seq_words.value();
+  Length extend = extend_words.value();
+  if constexpr (kUniform) extend = {exists ? args.uniform_q : 0, 0};
   // Cut to the bits that are usual, so that no arithmetic overflows before the others are noticed.
   const int kv = exists ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
   const int q = extend.low & ((1 << kDirectQueryBits) - 1);
@@ -482,7 +509,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   }
   if (!exists) return;
   if (!spreads || warp == 0) {
-    args.cache_seqlens[idx] = kv;
+    *cache_at = kv;
     args.cu_seqlens_k[idx + 1] = static_cast<int>(kv_upto);
   }
   u32 row_begin = static_cast<u32>(idx * q);
@@ -494,7 +521,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
     const int expanded = max(first + j, 0);
     args.dsa_cache_seqlens[row] = min(expanded, args.topk);
     args.dsa_cu_seqlens_k[row + 1] = static_cast<int>(clipped_begin + direct_clipped_sum(first, j + 1, topk));
-    if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = expanded;
+    if (args.seqlens_expanded != nullptr) expanded_at[static_cast<int>(row) - idx] = expanded;
     if (kUniform && args.paged_mqa_ctx_lens_2d != nullptr) {
       args.paged_mqa_ctx_lens_2d[idx * args.mqa_stride + j] = kv;
     }
@@ -764,17 +791,21 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
                           ? table
                           : static_cast<int>(__umulhi(static_cast<u32>(table), args.blocks_inverse));
   int block = table - request * blocks_of_request;
-  const Length seq = direct_seq_len(args, request);
-  const Length pool =
-      direct_length(args.req_pool_indices, request, args.pool_step, (args.flags & kFusedPoolIsInt64) != 0);
+  DirectLength seq_words = direct_seq_len(args, request), pool_words = direct_pool_index(args, request);
+  seq_words.load();
+  pool_words.load();
+  const Length seq = seq_words.value(), pool = pool_words.value();
   Length extend = {args.uniform_q, 0};
   u32 before = 0;  // query tokens of this thread's share of the requests before
   const bool rows_vary = !kUniform && args.uniform_q < 0;
   const bool in_warp = args.bs <= kWarpThreads;  // every warp adds them up, without a barrier
   if (rows_vary) {
     const int other = in_warp ? thread % kWarpThreads : thread;
-    extend = direct_extend_len(args, request);
-    if (other < request) before = direct_query_tokens(direct_extend_len(args, other));
+    DirectLength mine = direct_extend_len(args, request), others = direct_extend_len(args, other);
+    mine.load();
+    if (other < request) others.load();
+    extend = mine.value();
+    before = direct_query_tokens(others.value());
   }
 
   const bool is_page_1 = block < args.page_1_blocks;

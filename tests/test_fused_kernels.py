@@ -199,7 +199,7 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, old, new, report):
         pytest.param("decode_outside_pool",
                      "if (block_first == 0 && thread == 0) atomicMax(args.status, kRequestOutsidePool);", "",
                      id="direct_request_outside_the_pool_not_reported"),
-        pytest.param("draft_extend_tables_bs_40", "if (other < request) before", "if (other <= request) before",
+        pytest.param("draft_extend_tables_bs_40", "if (other < request) others", "if (other <= request) others",
                      id="direct_rows_shifted_by_a_request"),
         pytest.param("extend_empty", "      if (args.cu_seqlens_q != nullptr) args.cu_seqlens_q[0] = 0;\n", "",
                      id="first_element_forgotten"),
