@@ -411,6 +411,13 @@ __device__ __forceinline__ T* made_here(T* value) {
   return value;
 }
 
+__device__ __forceinline__ u32 made_here(u32 value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // kUniform: every request has uniform_q query tokens, and there are no extend lengths.
 template <bool kUniform>
 __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
@@ -738,139 +745,170 @@ __device__ __forceinline__ u32 direct_query_tokens(const Length& extend) {
   return static_cast<u32>(extend.low) < kManyRows ? static_cast<u32>(extend.low) : kManyRows;
 }
 
-// An item of a row: four tokens of a vector, up to three where the row ends inside it, or one token.
-struct RowItems {
-  const int* tokens;
-  u32 columns;  // of vectors; else items
-  int shift;
-  bool has_vectors;
+constexpr u32 kIntBytes = sizeof(int);
 
-  __device__ __forceinline__ u32 count() const {
-    return has_vectors ? (columns + kVectorColumns - 1) / kVectorColumns : columns;
+// `count` rows of an output, `pitch` bytes apart.
+struct DirectRows {
+  char* out;
+  u32 pitch;
+  int count;
+
+  template <class T>
+  __device__ __forceinline__ void store(const T& value) const {
+    char* to = out;
+#pragma unroll 1
+    for (int r = 0; r < count; ++r) {
+      *reinterpret_cast<T*>(to) = value;
+      to += pitch;
+    }
   }
 
-  __device__ __forceinline__ int4 load(u32 item) const {
-    int4 value = {0, 0, 0, 0};
-    if (!has_vectors) {
-      value.x = __ldg(tokens + (item << shift));
-      return value;
+  // The first `left` tokens of a vector, up to three.
+  __device__ __forceinline__ void store_some(const int4& value, int left) const {
+    char* to = out;
+#pragma unroll 1
+    for (int r = 0; r < count; ++r) {
+      int* const tokens = reinterpret_cast<int*>(to);
+      tokens[0] = value.x;
+      if (left > 1) tokens[1] = value.y;
+      if (left > 2) tokens[2] = value.z;
+      to += pitch;
     }
-    const int* const from = tokens + item * kVectorColumns;
-    const u32 left = columns - item * kVectorColumns;
-    if (left >= kVectorColumns) return *reinterpret_cast<const int4*>(from);
-    value.x = __ldg(from);
-    if (left > 1) value.y = __ldg(from + 1);
-    if (left > 2) value.z = __ldg(from + 2);
-    return value;
-  }
-
-  __device__ __forceinline__ void store(int* row, u32 item, const int4& value) const {
-    if (!has_vectors) {
-      row[item] = value.x >> shift;
-      return;
-    }
-    int* const to = row + item * kVectorColumns;
-    const u32 left = columns - item * kVectorColumns;
-    if (left >= kVectorColumns) {
-      *reinterpret_cast<int4*>(to) = value;
-      return;
-    }
-    to[0] = value.x;
-    if (left > 1) to[1] = value.y;
-    if (left > 2) to[2] = value.z;
   }
 };
 
-// As table_block; 32-bit numbers, and no more instructions before a load or store than it needs.
+// What a thread takes of a row, at a column below the width: a vector or a token. A vector is read as
+// a whole wherever the table is wide enough for it, however little of it is live.
+__device__ __forceinline__ int4 direct_load(const int* from, bool has_vectors, int columns) {
+  if (has_vectors && columns >= kVectorColumns) return *reinterpret_cast<const int4*>(from);
+  int4 value = {__ldg(from), 0, 0, 0};
+  if (has_vectors && columns > 1) value.y = __ldg(from + 1);
+  if (has_vectors && columns > 2) value.z = __ldg(from + 2);
+  return value;
+}
+
+// `value`, of which the compiler does not know that all threads have the same: on the path of uniform
+// numbers instructions take longer, and what is loaded through it is waited for to be moved there.
+__device__ __forceinline__ u32 of_this_thread(u32 value) {
+#ifdef __CUDA_ARCH__
+  u32 zero;
+  asm("shr.u32 %0, %1, 8;" : "=r"(zero) : "r"(threadIdx.x));
+  static_assert(kBlockThreads == 1 << 8, "threads of a block");
+  value += zero;
+#endif
+  return value;
+}
+
+// As table_block; 32-bit numbers, and no more instructions before a load or store than it needs: what
+// does not depend on a length is made while the lengths are under way, tokens are loaded before it is
+// known which rows they go to, and nothing is branched over on the way there.
 template <bool kUniform>
 __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
   const int thread = threadIdx.x;
-  const int table = static_cast<int>(blockIdx.x) - 1;
+  const int table = static_cast<int>(of_this_thread(blockIdx.x)) - 1;
   const int blocks_of_request = args.page_1_blocks + args.real_page_blocks;
   const int request = args.blocks_inverse == 0
                           ? table
                           : static_cast<int>(__umulhi(static_cast<u32>(table), args.blocks_inverse));
-  int block = table - request * blocks_of_request;
   DirectLength seq_words = direct_seq_len(args, request), pool_words = direct_pool_index(args, request);
-  seq_words.load();
-  pool_words.load();
-  const Length seq = seq_words.value(), pool = pool_words.value();
-  Length extend = {args.uniform_q, 0};
-  u32 before = 0;  // query tokens of this thread's share of the requests before
   const bool rows_vary = !kUniform && args.uniform_q < 0;
   const bool in_warp = args.bs <= kWarpThreads;  // every warp adds them up, without a barrier
-  if (rows_vary) {
-    const int other = in_warp ? thread % kWarpThreads : thread;
-    DirectLength mine = direct_extend_len(args, request), others = direct_extend_len(args, other);
-    mine.load();
-    if (other < request) others.load();
-    extend = mine.value();
-    before = direct_query_tokens(others.value());
-  }
+  const int other = static_cast<int>(in_warp ? threadIdx.x % kWarpThreads : threadIdx.x);
+  DirectLength extend_words = direct_extend_len(args, other);  // of this request or one before
+  if (rows_vary && other <= request) extend_words.load();
+  seq_words.load();
+  pool_words.load();
 
+  int block = table - request * blocks_of_request;
   const bool is_page_1 = block < args.page_1_blocks;
   if (!is_page_1) block -= args.page_1_blocks;
   const int shift = is_page_1 ? 0 : args.page_shift;
   const u32 per_thread = static_cast<u32>(args.table_items);
   const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
-  if (unlikely(pool.high != 0 || static_cast<u32>(pool.low) >= static_cast<u32>(args.pool_rows))) {
+  const u32 step =
+      static_cast<u32>(is_page_1 ? args.page_1_blocks : args.real_page_blocks) * per_thread * kBlockThreads;
+  const bool has_vectors = shift == 0 && (args.flags & kHasVectors) != 0;
+  // Items are vectors or tokens; below 2^30 + 2^20 columns.
+  const int columns_log2 = has_vectors ? 2 : shift;
+  static_assert(kVectorColumns == 1 << 2, "columns of a vector");
+  const int width = args.width;
+  const u32 item = block_first + static_cast<u32>(thread);
+  int column = static_cast<int>(item << columns_log2);
+  const int columns =
+      static_cast<int>(made_here(static_cast<u32>(width - column)));  // of the table, from there on
+  const int* from = args.req_to_token + column;
+  const u32 token_pitch = made_here(static_cast<u32>(args.token_stride) * kIntBytes);
+  // Both are loaded and one is taken: not loaded from an address that has to be computed.
+  int* const page_table_1 = made_here(args.page_table_1);
+  int* const real_page_table = made_here(args.real_page_table);
+  int* const out = is_page_1 ? page_table_1 : real_page_table;
+  const i64 stride = is_page_1 ? args.page_1_stride : args.real_page_stride;
+  DirectRows rows = {reinterpret_cast<char*>(out + (has_vectors ? column : static_cast<int>(item))),
+                     made_here(static_cast<u32>(stride) * kIntBytes), args.uniform_q};
+
+  const Length seq = seq_words.value(), pool = pool_words.value();
+  const bool in_pool = pool.high == 0 && static_cast<u32>(pool.low) < static_cast<u32>(args.pool_rows);
+  // A column is live below min(seq + kv_add, width).
+  const bool is_live = columns > 0 && seq.value() > column - args.kv_add;
+  from = reinterpret_cast<const int*>(reinterpret_cast<const char*>(from) +
+                                      static_cast<u64>(static_cast<u32>(pool.low)) * token_pitch);
+  int4 value = {0, 0, 0, 0};
+  if (in_pool && is_live && per_thread == 1) value = direct_load(from, has_vectors, columns);
+
+  if (unlikely(!in_pool)) {
     if (block_first == 0 && thread == 0) atomicMax(args.status, kRequestOutsidePool);
     return;
   }
-  // Columns: min(max(seq + kv_add, 0), width), where seq may be beyond int32.
-  const int width = args.width;
   constexpr int kFar = 1 << 30;
   const int seq_cut = seq.high == seq.low >> 31 ? seq.low : seq.high < 0 ? -kFar : kFar;
   const int kv = min(max(min(seq_cut, width) + args.kv_add, 0), width);
-  const u32 items = (static_cast<u32>(kv) + (1u << shift) - 1) >> shift;
-  if (block_first >= items) return;  // behind the live prefix: before any sum
-
-  TableRow row;
-  row.tokens = args.req_to_token + pool.low * args.token_stride;
-  row.out = is_page_1 ? args.page_table_1 : args.real_page_table;
-  row.stride = is_page_1 ? args.page_1_stride : args.real_page_stride;
-  // A token is loaded before it is known which rows it goes to.
-  const RowItems row_items = {row.tokens, items, shift, shift == 0 && (args.flags & kHasVectors) != 0};
-  const u32 count = row_items.count();
-  u32 item = block_first + static_cast<u32>(thread);
-  int4 value = {0, 0, 0, 0};
-  if (item < count && per_thread == 1) value = row_items.load(item);
+  if (static_cast<int>(block_first << columns_log2) >= kv) return;  // behind the live prefix
 
   int row_begin = request * args.uniform_q;
-  row.num_rows = args.uniform_q;
   if constexpr (!kUniform) {
     if (rows_vary) {
-      __shared__ u32 warp_sums[kBlockWarps];
-      u32 sum = warp_sum_small(before);
-      if (!in_warp) {
+      const u32 query_tokens = direct_query_tokens(extend_words.value());
+      u32 sum = warp_sum_small(other < request ? query_tokens : 0);
+      if (in_warp) {
+        rows.count = __shfl_sync(kFullWarp, static_cast<int>(query_tokens), request);
+      } else {
+        __shared__ u32 warp_sums[kBlockWarps + 1];
+        if (thread == request) warp_sums[kBlockWarps] = query_tokens;
         if (thread % kWarpThreads == 0) warp_sums[thread / kWarpThreads] = sum;
         __syncthreads();
         sum = 0;
 #pragma unroll
         for (int w = 0; w < kBlockWarps; ++w) sum += warp_sums[w];
+        rows.count = static_cast<int>(warp_sums[kBlockWarps]);
       }
       row_begin = static_cast<int>(sum);
-      row.num_rows = static_cast<int>(direct_query_tokens(extend));
     }
-    row.num_rows = min(row.num_rows, args.total_len - row_begin);
-    if (row.num_rows <= 0) return;
+    rows.count = min(rows.count, args.total_len - row_begin);
+    if (rows.count <= 0) return;
   }
-  row.out += row_begin * row.stride;
-  const u32 step =
-      static_cast<u32>(is_page_1 ? args.page_1_blocks : args.real_page_blocks) * per_thread * kBlockThreads;
   if (unlikely(per_thread > 1)) {
-    copy_row(row, items, {item, step, per_thread}, shift, row_items.has_vectors);
+    const TableRow row = {args.req_to_token + pool.low * args.token_stride, out + row_begin * stride, stride,
+                          rows.count};
+    const u32 items = (static_cast<u32>(kv) + (1u << shift) - 1) >> shift;
+    copy_row(row, items, {item, step, per_thread}, shift, has_vectors);
     return;
   }
-  while (item < count) {
-    int* out = row.out;
-#pragma unroll 1
-    for (int r = 0; r < row.num_rows; ++r) {
-      row_items.store(out, item, value);
-      out += row.stride;
+  rows.out += static_cast<u64>(static_cast<u32>(row_begin)) * rows.pitch;
+  while (column < kv) {
+    const int left = kv - column;
+    if (!has_vectors) {
+      rows.store(value.x >> shift);
+    } else if (left >= kVectorColumns) {
+      rows.store(value);
+    } else {
+      rows.store_some(value, left);
     }
-    item += step;
-    if (unlikely(item < count)) value = row_items.load(item);
+    column += static_cast<int>(step << columns_log2);
+    if (unlikely(column < kv)) {
+      from += step << columns_log2;
+      rows.out += (has_vectors ? step << columns_log2 : step) * sizeof(int);
+      value = direct_load(from, has_vectors, width - column);
+    }
   }
 }
 

@@ -145,6 +145,10 @@ def direct_kernel(call: FusedCall) -> str | None:
         or max(_steps(call)) > INT32_MAX
         or call.width >= DIRECT_MAX_WIDTH
         or (call.req_to_token is not None and call.req_to_token.size(0) > INT32_MAX)
+        or any(  # bytes between rows
+            table is not None and table.stride(0) > INT32_MAX // 4
+            for table in (call.req_to_token, out.page_table_1, out.real_page_table)
+        )
     ):
         return None
     return "fused_direct_uniform" if call.extend_seq_lens is None else "fused_direct"
