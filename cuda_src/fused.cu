@@ -32,10 +32,10 @@
 //
 // fused_direct is the same for the batches of a speculative step, and fused_direct_uniform for those of
 // decode and target-verify: up to kRequestsPerTile requests of few query tokens (the host decides), a
-// matter of latency, so of instructions in a chain. The thread that holds a request writes its rows,
-// so nothing is searched; sums are 32-bit, and up to a warp of requests every warp makes them by
-// itself, without a barrier. Lengths for which 32 bits are not enough, and those that are an error,
-// take the general way.
+// matter of latency, so of instructions in a chain. The threads that hold a request write its rows, so
+// nothing is searched; sums are 32-bit, and up to a warp of requests every warp makes them by itself,
+// without a barrier, up to kBlockWarps requests without a scan. Lengths for which 32 bits are not
+// enough, and those that are an error, take the general way.
 //
 // Python twin: cupy_nsa_meta/fused.py; specification: cupy_nsa_meta/reference_fused.py
 #include "common.cuh"
@@ -377,7 +377,9 @@ struct DirectLength {
   int second = 0;  // of an int64: the high word
 
   __device__ __forceinline__ DirectLength(const void* lengths, int idx, int step, bool is_int64)
-      : at(static_cast<const char*>(lengths) + static_cast<i64>(idx) * step), is_int64(is_int64) {}
+      : at(static_cast<const char*>(lengths) +
+           static_cast<u64>(static_cast<u32>(idx)) * static_cast<u32>(step)),
+        is_int64(is_int64) {}
 
   __device__ __forceinline__ void load() {
     low = __ldg(reinterpret_cast<const int*>(at));
@@ -423,89 +425,114 @@ template <bool kUniform>
 __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   __shared__ DirectShared shared;
   const int thread = threadIdx.x;
-  const int warp = thread / kWarpThreads;
-  const int lane = thread % kWarpThreads;
+  const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
+  const int lane = static_cast<int>(threadIdx.x % kWarpThreads);
   const int bs = args.bs;
-  // Every warp holds the requests and takes every kBlockWarps-th row of each; or every thread holds
-  // one request and takes all of its rows.
+  // A warp for each request, whose rows its lanes take, where there are as many: lanes behind the
+  // requests hold the last one. Or every warp holds the requests and takes every kBlockWarps-th row of
+  // each; or every thread holds one request and takes all of its rows.
+  const bool has_warps = bs <= kBlockWarps;
   const bool spreads = bs <= kWarpThreads;
-  const int idx = spreads ? lane : thread;
-  const bool exists = idx < bs;
+  const int holder = spreads ? lane : thread;
+  const bool exists = holder < bs;
+  const int idx = has_warps ? min(lane, max(bs - 1, 0)) : holder;
   DirectLength seq_words = direct_seq_len(args, idx), extend_words = direct_extend_len(args, idx);
-  if (exists) {
+  if (idx < bs) {
     seq_words.load();
     if constexpr (!kUniform) extend_words.load();
   }
-  int* const cache_at = made_here(args.cache_seqlens + idx);        // where most results go: the same line
-  int* const expanded_at = made_here(args.seqlens_expanded + idx);  // the line after it
+  // Whose results this thread writes, and which rows of it.
+  const int writes = has_warps ? warp : holder;
+  const int first_row = has_warps ? lane : spreads ? warp : 0;
+  const int row_step = has_warps ? kWarpThreads : spreads ? kBlockWarps : 1;
+  const u32 total_len = static_cast<u32>(args.total_len);
+  const u32 least_total = (args.flags & kTotalIsCapacity) != 0 ? 0 : total_len;
+  int* const cache_at = made_here(args.cache_seqlens + writes);  // where most results go: the same line
+  int* const expanded_out = made_here(args.seqlens_expanded + writes);  // the line after it
   const Length seq = seq_words.value();
   Length extend = extend_words.value();
-  if constexpr (kUniform) extend = {exists ? args.uniform_q : 0, 0};
+  if constexpr (kUniform) extend = {idx < bs ? args.uniform_q : 0, 0};
   // Cut to the bits that are usual, so that no arithmetic overflows before the others are noticed.
-  const int kv = exists ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
-  const int q = extend.low & ((1 << kDirectQueryBits) - 1);
+  int kv = idx < bs ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
+  int q = extend.low & ((1 << kDirectQueryBits) - 1);
   const int topk = min(args.topk, kDirectMaxTopk);
-  const int first = kv - q + 1;
-  const u32 clipped = direct_clipped_sum(first, q, topk);
-  u32 unusual = seq.high | static_cast<u32>(seq.low) >> kDirectLengthBits | extend.high |
-                static_cast<u32>(extend.low) >> kDirectQueryBits;
+  const u32 clipped = direct_clipped_sum(kv - q + 1, q, topk);
+  // With that many bits, the sums of a warp stay below 2^31.
+  u32 unusual = seq.high | (static_cast<u32>(seq.low) | static_cast<u32>(kv) | clipped) >> kDirectLengthBits |
+                extend.high | static_cast<u32>(extend.low) >> kDirectQueryBits;
+  static_assert(kWarpThreads <= 1ll << (31 - kDirectLengthBits), "sums of a warp are below 2^31");
   if constexpr (!kUniform) unusual |= args.uniform_q >= 0 && exists && q != args.uniform_q ? 1u : 0u;
+  bool is_unusual = unusual != 0;
 
-  u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = clipped;
-  u32 all_sums = kv_upto;
-  const int scanned = spreads ? bs : kWarpThreads;  // lanes
-#pragma unroll
-  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    if (distance >= scanned) break;
-    const u32 kv_below = __shfl_up_sync(kFullWarp, kv_upto, distance);
-    u32 q_below = 0;
-    if constexpr (!kUniform) q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
-    const u32 clipped_below = __shfl_up_sync(kFullWarp, clipped_upto, distance);
-    if (lane >= distance) {
-      kv_upto += kv_below;
-      q_upto += q_below;
-      clipped_upto += clipped_below;
-    }
-    all_sums |= kv_upto | clipped_upto;  // two good sums add up to less than 2^32
-  }
-  unusual |= all_sums >> 31;
-  bool is_unusual = __any_sync(kFullWarp, unusual != 0);
+  u32 kv_before = 0, q_before = 0, clipped_before = 0;  // of what this thread writes
   u32 total = args.total_len;
-  if constexpr (!kUniform) total = __shfl_sync(kFullWarp, q_upto, max(scanned - 1, 0));
-  if (!spreads) {
-    if (lane == kWarpThreads - 1) {
-      shared.kv[warp] = kv_upto;
-      shared.q[warp] = q_upto;
-      shared.clipped[warp] = clipped_upto;
-      shared.unusual[warp] = is_unusual ? 1 : 0;
-    }
-    __syncthreads();
-    u32 kv_before = 0, q_before = 0, clipped_before = 0;
-    u32 kv_sum = 0, clipped_sum = 0, marks = 0;
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < kBlockWarps; ++w) {
-      if (w == warp) {
-        kv_before = kv_sum;
-        q_before = total;
-        clipped_before = clipped_sum;
+  if (has_warps) {
+    if constexpr (!kUniform) total = static_cast<u32>(q);  // of the one request, or of none
+    if (bs > 1) {
+      // In one step rather than in those of a scan.
+      const bool is_before = lane < warp;
+      kv_before = warp_sum_small(is_before ? static_cast<u32>(kv) : 0);
+      clipped_before = warp_sum_small(is_before ? clipped : 0);
+      if constexpr (!kUniform) {
+        q_before = warp_sum_small(is_before ? static_cast<u32>(q) : 0);
+        total = warp_sum_small(exists ? static_cast<u32>(q) : 0);
+        q = __shfl_sync(kFullWarp, q, warp);
       }
-      kv_sum += shared.kv[w];
-      total += shared.q[w];
-      clipped_sum += shared.clipped[w];
-      marks |= (kv_sum | clipped_sum) >> 31 | shared.unusual[w];
+      kv = __shfl_sync(kFullWarp, kv, warp);
     }
-    kv_upto += kv_before;
-    q_upto += q_before;
-    clipped_upto += clipped_before;
-    is_unusual = marks != 0;
+  } else {
+    u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = clipped;
+    const int scanned = spreads ? bs : kWarpThreads;  // lanes
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      if (distance >= scanned) break;
+      const u32 kv_below = __shfl_up_sync(kFullWarp, kv_upto, distance);
+      u32 q_below = 0;
+      if constexpr (!kUniform) q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
+      const u32 clipped_below = __shfl_up_sync(kFullWarp, clipped_upto, distance);
+      if (lane >= distance) {
+        kv_upto += kv_below;
+        q_upto += q_below;
+        clipped_upto += clipped_below;
+      }
+    }
+    if constexpr (!kUniform) total = __shfl_sync(kFullWarp, q_upto, scanned - 1);
+    kv_before = kv_upto - static_cast<u32>(kv);
+    q_before = q_upto - static_cast<u32>(q);
+    clipped_before = clipped_upto - clipped;
+    if (!spreads) {
+      is_unusual = __any_sync(kFullWarp, is_unusual);
+      if (lane == kWarpThreads - 1) {
+        shared.kv[warp] = kv_upto;
+        shared.q[warp] = q_upto;
+        shared.clipped[warp] = clipped_upto;
+        shared.unusual[warp] = is_unusual ? 1 : 0;
+      }
+      __syncthreads();
+      u32 kv_sum = 0, clipped_sum = 0, marks = 0;
+      total = 0;
+#pragma unroll
+      for (int w = 0; w < kBlockWarps; ++w) {
+        if (w == warp) {
+          kv_before += kv_sum;
+          q_before += total;
+          clipped_before += clipped_sum;
+        }
+        kv_sum += shared.kv[w];
+        total += shared.q[w];
+        clipped_sum += shared.clipped[w];
+        marks |= (kv_sum | clipped_sum) >> 31 | shared.unusual[w];  // two good sums stay below 2^32
+      }
+      is_unusual = marks != 0;
+    }
   }
+  // The sum up to the first of the rows, made while the other sums are.
+  const int first = kv - q + 1;
+  u32 row_sum = made_here(direct_clipped_sum(first, first_row + 1, topk));
   if constexpr (!kUniform) {
-    const u32 total_len = static_cast<u32>(args.total_len);
-    const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
-    is_unusual = is_unusual || (may_be_less ? total > total_len : total != total_len);
+    is_unusual = is_unusual || total - least_total > total_len - least_total;
   }
-  if (unlikely(is_unusual)) {  // the same in all threads
+  if (unlikely(__any_sync(kFullWarp, is_unusual))) {  // the same in all threads
     row_block(args, 0, 0);
     return;
   }
@@ -514,24 +541,25 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
     args.cu_seqlens_k[0] = 0;
     args.dsa_cu_seqlens_k[0] = 0;
   }
-  if (!exists) return;
-  if (!spreads || warp == 0) {
+  if (writes >= bs) return;
+  if (first_row == 0) {
     *cache_at = kv;
-    args.cu_seqlens_k[idx + 1] = static_cast<int>(kv_upto);
+    args.cu_seqlens_k[writes + 1] = static_cast<int>(kv_before) + kv;
   }
-  u32 row_begin = static_cast<u32>(idx * q);
-  if constexpr (!kUniform) row_begin = q_upto - static_cast<u32>(q);
-  const u32 clipped_begin = clipped_upto - clipped;
+  if constexpr (kUniform) q_before = static_cast<u32>(writes * q);
+  int j = first_row;
 #pragma unroll 1
-  for (int j = spreads ? warp : 0; j < q; j += spreads ? kBlockWarps : 1) {
-    const u32 row = row_begin + static_cast<u32>(j);
+  while (j < q) {
+    const u32 row = q_before + static_cast<u32>(j);
     const int expanded = max(first + j, 0);
     args.dsa_cache_seqlens[row] = min(expanded, args.topk);
-    args.dsa_cu_seqlens_k[row + 1] = static_cast<int>(clipped_begin + direct_clipped_sum(first, j + 1, topk));
-    if (args.seqlens_expanded != nullptr) expanded_at[static_cast<int>(row) - idx] = expanded;
+    args.dsa_cu_seqlens_k[row + 1] = static_cast<int>(clipped_before + row_sum);
+    if (args.seqlens_expanded != nullptr) expanded_out[static_cast<int>(row) - writes] = expanded;
     if (kUniform && args.paged_mqa_ctx_lens_2d != nullptr) {
-      args.paged_mqa_ctx_lens_2d[idx * args.mqa_stride + j] = kv;
+      args.paged_mqa_ctx_lens_2d[writes * args.mqa_stride + j] = kv;
     }
+    j += row_step;
+    if (j < q) row_sum = direct_clipped_sum(first, j + 1, topk);
   }
 }
 
