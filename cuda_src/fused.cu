@@ -32,10 +32,10 @@
 //
 // fused_direct is the same for the batches of a speculative step, and fused_direct_uniform for those of
 // decode and target-verify: up to kRequestsPerTile requests of few query tokens (the host decides), a
-// matter of latency, so of instructions in a chain. The thread that holds a request writes its rows,
-// so nothing is searched; sums are 32-bit, and up to a warp of requests every warp makes them by
-// itself, without a barrier. Lengths for which 32 bits are not enough, and those that are an error,
-// take the general way.
+// matter of latency, so of instructions in a chain. The threads that hold a request write its rows, so
+// nothing is searched; sums are 32-bit, and up to a warp of requests every warp makes them by itself,
+// without a barrier, up to kBlockWarps requests without a scan. Lengths for which 32 bits are not
+// enough, and those that are an error, take the general way.
 //
 // Python twin: cupy_nsa_meta/fused.py; specification: cupy_nsa_meta/reference_fused.py
 #include "common.cuh"
@@ -66,59 +66,66 @@ enum FusedFlags : u32 {
   kHasVectors = 64,        // of fused_direct: rows of page_table_1 can be copied by 16 bytes
 };
 
-// Packed by cupy_nsa_meta/fused.py, field by field in this order.
+// Packed by cupy_nsa_meta/fused.py, field by field in this order: that in which the kernels of small
+// batches first need them. The constants of a launch are new to every multiprocessor, and a line of 64
+// bytes that is met late in a chain costs a latency there. Parameters begin 16 bytes into a line.
 struct FusedArgs {
+  // What the addresses of the first loads are made of.
   const void* seq_lens;          // [bs]
-  const void* extend_seq_lens;   // [bs] or null
   const void* req_pool_indices;  // [bs] or null
-  const int* req_to_token;       // [pool_rows, token_width] or null
+  int bs;
+  int uniform_q;
+  u32 flags;
+  int page_1_blocks;  // blocks per request, for each table; 0: not wanted
+  int real_page_blocks;
+  u32 blocks_inverse;  // of fused_direct: ceil(2^32 / blocks of a request); 0 where there is one
+  int pool_step;       // of fused_direct: bytes between pool indices
+  int page_shift;      // log2 of the page size
+  // Line 1: the first loads of fused_direct, then what their values meet.
+  const void* extend_seq_lens;  // [bs] or null
+  const int* req_to_token;      // [pool_rows, token_width] or null
+  i64 token_stride;             // between rows of req_to_token
+  i64 pool_rows;
+  int* status;  // [1], raised to the largest status met
+  int extend_step;
+  int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
+  int total_len;
+  int kv_add;
+  int topk;
+  int width;  // columns of page_table_1
+  // Line 2: the 1-D arrays of small batches. It is there when they are written, since the first load
+  // waits for it.
+  int seq_step;  // of fused_direct: bytes between KV lengths
+  int token_width;
   int* cache_seqlens;
   int* cu_seqlens_k;
-  int* cu_seqlens_q;
-  int* extend_start_loc;
-  int* seqlens_expanded;
   int* dsa_cache_seqlens;
   int* dsa_cu_seqlens_k;
+  int* seqlens_expanded;
+  int* paged_mqa_ctx_lens_2d;
+  i64 mqa_stride;
+  // Line 3: the tables of small batches, which know early where they write; then the rest.
+  int* page_table_1;
+  i64 page_1_stride;
+  int* real_page_table;
+  i64 real_page_stride;
+  i64* tile_sums;  // [kTileSums, num_tiles] scratch of the two-launch form, else null
+  int pad_to;      // 0: no padding
+  int num_tiles;   // max(1, ceil(bs / kRequestsPerTile))
+  int row_parts;   // blocks per tile
+  int flattened_blocks;
+  int* cu_seqlens_q;
+  int* extend_start_loc;
   int* token_to_batch_idx;
   int* ks;
   int* ke;
   int* topk_indices_offset;
   i64* positions;
-  int* paged_mqa_ctx_lens_2d;
-  int* page_table_1;
-  int* real_page_table;
   int* page_table_1_flattened;
-  int* status;     // [1], raised to the largest status met
-  i64* tile_sums;  // [kTileSums, num_tiles] scratch of the two-launch form, else null
+  i64 flattened_size;
   i64 seq_stride;
   i64 extend_stride;
   i64 pool_stride;
-  i64 token_stride;  // between rows of req_to_token
-  i64 page_1_stride;
-  i64 real_page_stride;
-  i64 mqa_stride;
-  i64 flattened_size;
-  i64 pool_rows;
-  int token_width;
-  int bs;
-  int total_len;
-  int pad_to;      // 0: no padding
-  int width;       // columns of page_table_1
-  int page_shift;  // log2 of the page size
-  int topk;
-  int uniform_q;
-  int kv_add;
-  int num_tiles;      // max(1, ceil(bs / kRequestsPerTile))
-  int row_parts;      // blocks per tile
-  int page_1_blocks;  // blocks per request, for each table; 0: not wanted
-  int real_page_blocks;
-  int flattened_blocks;
-  int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
-  u32 flags;
-  int seq_step;  // of fused_direct: bytes between lengths
-  int extend_step;
-  int pool_step;
-  u32 blocks_inverse;  // ceil(2^32 / blocks of a request); 0 where there is one
 };
 static_assert(sizeof(FusedArgs) == 328, "cupy_nsa_meta/fused.py packs 328 bytes");
 
@@ -363,20 +370,55 @@ struct DirectShared {
   u32 unusual[kBlockWarps];
 };
 
-// Length idx of an array whose elements are `step` bytes apart.
-__device__ __forceinline__ Length direct_length(const void* lengths, int idx, int step, bool is_int64) {
-  const char* const at = static_cast<const char*>(lengths) + static_cast<i64>(idx) * step;
-  const int low = __ldg(reinterpret_cast<const int*>(at));
-  const int second = __ldg(reinterpret_cast<const int*>(at + (is_int64 ? sizeof(int) : 0)));
-  return {low, is_int64 ? second : low >> 31};
+// Lengths of an array whose elements are `step` bytes apart: loaded first, looked at later.
+struct DirectLength {
+  const char* at;
+  bool is_int64;
+  int low = 0;
+  int second = 0;  // of an int64: the high word
+
+  __device__ __forceinline__ DirectLength(const void* lengths, int idx, int step, bool is_int64)
+      : at(static_cast<const char*>(lengths) +
+           static_cast<u64>(static_cast<u32>(idx)) * static_cast<u32>(step)),
+        is_int64(is_int64) {}
+
+  __device__ __forceinline__ void load() {
+    low = __ldg(reinterpret_cast<const int*>(at));
+    second = __ldg(reinterpret_cast<const int*>(at + (is_int64 ? sizeof(int) : 0)));
+  }
+
+  __device__ __forceinline__ Length value() const { return {low, is_int64 ? second : low >> 31}; }
+};
+
+__device__ __forceinline__ DirectLength direct_seq_len(const FusedArgs& args, int idx) {
+  return {args.seq_lens, idx, args.seq_step, (args.flags & kFusedSeqIsInt64) != 0};
 }
 
-__device__ __forceinline__ Length direct_seq_len(const FusedArgs& args, int idx) {
-  return direct_length(args.seq_lens, idx, args.seq_step, (args.flags & kFusedSeqIsInt64) != 0);
+__device__ __forceinline__ DirectLength direct_extend_len(const FusedArgs& args, int idx) {
+  return {args.extend_seq_lens, idx, args.extend_step, (args.flags & kFusedExtendIsInt64) != 0};
 }
 
-__device__ __forceinline__ Length direct_extend_len(const FusedArgs& args, int idx) {
-  return direct_length(args.extend_seq_lens, idx, args.extend_step, (args.flags & kFusedExtendIsInt64) != 0);
+__device__ __forceinline__ DirectLength direct_pool_index(const FusedArgs& args, int idx) {
+  return {args.req_pool_indices, idx, args.pool_step, (args.flags & kFusedPoolIsInt64) != 0};
+}
+
+// The same value, made where this stands: while the first loads are under way, rather than behind
+// them where it is used. So the line of constants that it comes from is there by then.
+template <class T>
+__device__ __forceinline__ T* made_here(T* value) {
+#ifdef __CUDA_ARCH__
+  u64 global = __cvta_generic_to_global(value);  // or its accesses would be generic ones
+  asm volatile("" : "+l"(global));
+  value = static_cast<T*>(__cvta_global_to_generic(global));
+#endif
+  return value;
+}
+
+__device__ __forceinline__ u32 made_here(u32 value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
 }
 
 // kUniform: every request has uniform_q query tokens, and there are no extend lengths.
@@ -384,114 +426,152 @@ template <bool kUniform>
 __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   __shared__ DirectShared shared;
   const int thread = threadIdx.x;
-  const int warp = thread / kWarpThreads;
-  const int lane = thread % kWarpThreads;
+  const int warp = static_cast<int>(threadIdx.x / kWarpThreads);
+  const int lane = static_cast<int>(threadIdx.x % kWarpThreads);
   const int bs = args.bs;
-  // Every warp holds the requests and takes every kBlockWarps-th row of each; or every thread holds
-  // one request and takes all of its rows.
+  // A warp for each request, whose rows its lanes take, where there are as many: lanes behind the
+  // requests hold the last one. Or every warp holds the requests and takes every kBlockWarps-th row of
+  // each; or every thread holds one request and takes all of its rows.
+  const bool has_warps = bs <= kBlockWarps;
   const bool spreads = bs <= kWarpThreads;
-  const int idx = spreads ? lane : thread;
-  const bool exists = idx < bs;
-  Length seq = {0, 0}, extend = {0, 0};
-  if (exists) {
-    seq = direct_seq_len(args, idx);
-    if constexpr (kUniform) {
-      extend.low = args.uniform_q;
-    } else {
-      extend = direct_extend_len(args, idx);
-    }
+  const int holder = spreads ? lane : thread;
+  const bool exists = holder < bs;
+  const int idx = has_warps ? min(lane, max(bs - 1, 0)) : holder;
+  DirectLength seq_words = direct_seq_len(args, idx), extend_words = direct_extend_len(args, idx);
+  if (idx < bs) {
+    seq_words.load();
+    if constexpr (!kUniform) extend_words.load();
   }
+  // Whose results this thread writes, and which rows of it.
+  const int writes = has_warps ? warp : holder;
+  const int first_row = has_warps ? lane : spreads ? warp : 0;
+  const int row_step = has_warps ? kWarpThreads : spreads ? kBlockWarps : 1;
+  const u32 total_len = static_cast<u32>(args.total_len);
+  const u32 least_total = (args.flags & kTotalIsCapacity) != 0 ? 0 : total_len;
+  // The places of uniform rows are made here, not each behind a latency where it is used; where rows
+  // vary, there are no registers for them.
+  const int own_row = kUniform ? first_row : 0, own_request = kUniform ? writes : 0;
+  int* cache_at = args.cache_seqlens + own_request;
+  int* cu_seqlens_at = args.cu_seqlens_k + own_request;
+  int* dsa_cache_at = args.dsa_cache_seqlens + own_row;
+  int* dsa_cu_at = args.dsa_cu_seqlens_k + own_row;
+  if constexpr (kUniform) {
+    cache_at = made_here(cache_at);
+    cu_seqlens_at = made_here(cu_seqlens_at);
+    dsa_cache_at = made_here(dsa_cache_at);
+    dsa_cu_at = made_here(dsa_cu_at);
+  }
+  const Length seq = seq_words.value();
+  Length extend = extend_words.value();
+  if constexpr (kUniform) extend = {idx < bs ? args.uniform_q : 0, 0};
   // Cut to the bits that are usual, so that no arithmetic overflows before the others are noticed.
-  const int kv = exists ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
-  const int q = extend.low & ((1 << kDirectQueryBits) - 1);
+  int kv = idx < bs ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
+  int q = extend.low & ((1 << kDirectQueryBits) - 1);
   const int topk = min(args.topk, kDirectMaxTopk);
-  const int first = kv - q + 1;
-  const u32 clipped = direct_clipped_sum(first, q, topk);
-  u32 unusual = seq.high | static_cast<u32>(seq.low) >> kDirectLengthBits | extend.high |
-                static_cast<u32>(extend.low) >> kDirectQueryBits;
+  const u32 clipped = direct_clipped_sum(kv - q + 1, q, topk);
+  // With that many bits, the sums of a warp stay below 2^31.
+  u32 unusual = seq.high | (static_cast<u32>(seq.low) | static_cast<u32>(kv) | clipped) >> kDirectLengthBits |
+                extend.high | static_cast<u32>(extend.low) >> kDirectQueryBits;
+  static_assert(kWarpThreads <= 1ll << (31 - kDirectLengthBits), "sums of a warp are below 2^31");
   if constexpr (!kUniform) unusual |= args.uniform_q >= 0 && exists && q != args.uniform_q ? 1u : 0u;
+  bool is_unusual = unusual != 0;
 
-  u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = clipped;
-  u32 all_sums = kv_upto;
-  const int scanned = spreads ? bs : kWarpThreads;  // lanes
-#pragma unroll
-  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    if (distance >= scanned) break;
-    const u32 kv_below = __shfl_up_sync(kFullWarp, kv_upto, distance);
-    u32 q_below = 0;
-    if constexpr (!kUniform) q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
-    const u32 clipped_below = __shfl_up_sync(kFullWarp, clipped_upto, distance);
-    if (lane >= distance) {
-      kv_upto += kv_below;
-      q_upto += q_below;
-      clipped_upto += clipped_below;
-    }
-    all_sums |= kv_upto | clipped_upto;  // two good sums add up to less than 2^32
-  }
-  unusual |= all_sums >> 31;
-  bool is_unusual = __any_sync(kFullWarp, unusual != 0);
+  u32 kv_before = 0, q_before = 0, clipped_before = 0;  // of what this thread writes
   u32 total = args.total_len;
-  if constexpr (!kUniform) total = __shfl_sync(kFullWarp, q_upto, max(scanned - 1, 0));
-  if (!spreads) {
-    if (lane == kWarpThreads - 1) {
-      shared.kv[warp] = kv_upto;
-      shared.q[warp] = q_upto;
-      shared.clipped[warp] = clipped_upto;
-      shared.unusual[warp] = is_unusual ? 1 : 0;
-    }
-    __syncthreads();
-    u32 kv_before = 0, q_before = 0, clipped_before = 0;
-    u32 kv_sum = 0, clipped_sum = 0, marks = 0;
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < kBlockWarps; ++w) {
-      if (w == warp) {
-        kv_before = kv_sum;
-        q_before = total;
-        clipped_before = clipped_sum;
+  if (has_warps) {
+    if constexpr (!kUniform) total = static_cast<u32>(q);  // of the one request, or of none
+    if (bs > 1) {
+      // In one step rather than in those of a scan.
+      const bool is_before = lane < warp;
+      kv_before = warp_sum_small(is_before ? static_cast<u32>(kv) : 0);
+      clipped_before = warp_sum_small(is_before ? clipped : 0);
+      if constexpr (!kUniform) {
+        q_before = warp_sum_small(is_before ? static_cast<u32>(q) : 0);
+        total = warp_sum_small(exists ? static_cast<u32>(q) : 0);
+        q = __shfl_sync(kFullWarp, q, warp);
       }
-      kv_sum += shared.kv[w];
-      total += shared.q[w];
-      clipped_sum += shared.clipped[w];
-      marks |= (kv_sum | clipped_sum) >> 31 | shared.unusual[w];
+      kv = __shfl_sync(kFullWarp, kv, warp);
     }
-    kv_upto += kv_before;
-    q_upto += q_before;
-    clipped_upto += clipped_before;
-    is_unusual = marks != 0;
+  } else {
+    u32 kv_upto = static_cast<u32>(kv), q_upto = static_cast<u32>(q), clipped_upto = clipped;
+    const int scanned = spreads ? bs : kWarpThreads;  // lanes
+#pragma unroll
+    for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+      if (distance >= scanned) break;
+      const u32 kv_below = __shfl_up_sync(kFullWarp, kv_upto, distance);
+      u32 q_below = 0;
+      if constexpr (!kUniform) q_below = __shfl_up_sync(kFullWarp, q_upto, distance);
+      const u32 clipped_below = __shfl_up_sync(kFullWarp, clipped_upto, distance);
+      if (lane >= distance) {
+        kv_upto += kv_below;
+        q_upto += q_below;
+        clipped_upto += clipped_below;
+      }
+    }
+    if constexpr (!kUniform) total = __shfl_sync(kFullWarp, q_upto, scanned - 1);
+    kv_before = kv_upto - static_cast<u32>(kv);
+    q_before = q_upto - static_cast<u32>(q);
+    clipped_before = clipped_upto - clipped;
+    if (!spreads) {
+      is_unusual = __any_sync(kFullWarp, is_unusual);
+      if (lane == kWarpThreads - 1) {
+        shared.kv[warp] = kv_upto;
+        shared.q[warp] = q_upto;
+        shared.clipped[warp] = clipped_upto;
+        shared.unusual[warp] = is_unusual ? 1 : 0;
+      }
+      __syncthreads();
+      u32 kv_sum = 0, clipped_sum = 0, marks = 0;
+      total = 0;
+#pragma unroll
+      for (int w = 0; w < kBlockWarps; ++w) {
+        if (w == warp) {
+          kv_before += kv_sum;
+          q_before += total;
+          clipped_before += clipped_sum;
+        }
+        kv_sum += shared.kv[w];
+        total += shared.q[w];
+        clipped_sum += shared.clipped[w];
+        marks |= (kv_sum | clipped_sum) >> 31 | shared.unusual[w];  // two good sums stay below 2^32
+      }
+      is_unusual = marks != 0;
+    }
   }
+  // The sum up to the first of the rows, made while the other sums are.
+  const int first = kv - q + 1;
+  u32 row_sum = made_here(direct_clipped_sum(first, first_row + 1, topk));
   if constexpr (!kUniform) {
-    const u32 total_len = static_cast<u32>(args.total_len);
-    const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
-    is_unusual = is_unusual || (may_be_less ? total > total_len : total != total_len);
+    is_unusual = is_unusual || total - least_total > total_len - least_total;
   }
-  if (unlikely(is_unusual)) {  // the same in all threads
+  if (unlikely(__any_sync(kFullWarp, is_unusual))) {  // the same in all threads
     row_block(args, 0, 0);
     return;
   }
 
   if (thread == 0) {
-    args.cu_seqlens_k[0] = 0;
-    args.dsa_cu_seqlens_k[0] = 0;
+    *cu_seqlens_at = 0;
+    *dsa_cu_at = 0;
   }
-  if (!exists) return;
-  if (!spreads || warp == 0) {
-    args.cache_seqlens[idx] = kv;
-    args.cu_seqlens_k[idx + 1] = static_cast<int>(kv_upto);
+  if (writes >= bs) return;
+  if (first_row == 0) {
+    cache_at[writes - own_request] = kv;
+    cu_seqlens_at[writes - own_request + 1] = static_cast<int>(kv_before) + kv;
   }
-  u32 row_begin = static_cast<u32>(idx * q);
-  if constexpr (!kUniform) row_begin = q_upto - static_cast<u32>(q);
-  const u32 clipped_begin = clipped_upto - clipped;
+  if constexpr (kUniform) q_before = static_cast<u32>(writes * q);
+  int j = first_row;
 #pragma unroll 1
-  for (int j = spreads ? warp : 0; j < q; j += spreads ? kBlockWarps : 1) {
-    const u32 row = row_begin + static_cast<u32>(j);
+  while (j < q) {
+    const u32 row = q_before + static_cast<u32>(j);
     const int expanded = max(first + j, 0);
-    args.dsa_cache_seqlens[row] = min(expanded, args.topk);
-    args.dsa_cu_seqlens_k[row + 1] = static_cast<int>(clipped_begin + direct_clipped_sum(first, j + 1, topk));
+    dsa_cache_at[row - own_row] = min(expanded, args.topk);
+    dsa_cu_at[row - own_row + 1] = static_cast<int>(clipped_before + row_sum);
     if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = expanded;
     if (kUniform && args.paged_mqa_ctx_lens_2d != nullptr) {
-      args.paged_mqa_ctx_lens_2d[idx * args.mqa_stride + j] = kv;
+      args.paged_mqa_ctx_lens_2d[writes * args.mqa_stride + j] = kv;
     }
+    j += row_step;
+    if (j < q) row_sum = direct_clipped_sum(first, j + 1, topk);
   }
 }
 
@@ -705,135 +785,170 @@ __device__ __forceinline__ u32 direct_query_tokens(const Length& extend) {
   return static_cast<u32>(extend.low) < kManyRows ? static_cast<u32>(extend.low) : kManyRows;
 }
 
-// An item of a row: four tokens of a vector, up to three where the row ends inside it, or one token.
-struct RowItems {
-  const int* tokens;
-  u32 columns;  // of vectors; else items
-  int shift;
-  bool has_vectors;
+constexpr u32 kIntBytes = sizeof(int);
 
-  __device__ __forceinline__ u32 count() const {
-    return has_vectors ? (columns + kVectorColumns - 1) / kVectorColumns : columns;
+// `count` rows of an output, `pitch` bytes apart.
+struct DirectRows {
+  char* out;
+  u32 pitch;
+  int count;
+
+  template <class T>
+  __device__ __forceinline__ void store(const T& value) const {
+    char* to = out;
+#pragma unroll 1
+    for (int r = 0; r < count; ++r) {
+      *reinterpret_cast<T*>(to) = value;
+      to += pitch;
+    }
   }
 
-  __device__ __forceinline__ int4 load(u32 item) const {
-    int4 value = {0, 0, 0, 0};
-    if (!has_vectors) {
-      value.x = __ldg(tokens + (item << shift));
-      return value;
+  // The first `left` tokens of a vector, up to three.
+  __device__ __forceinline__ void store_some(const int4& value, int left) const {
+    char* to = out;
+#pragma unroll 1
+    for (int r = 0; r < count; ++r) {
+      int* const tokens = reinterpret_cast<int*>(to);
+      tokens[0] = value.x;
+      if (left > 1) tokens[1] = value.y;
+      if (left > 2) tokens[2] = value.z;
+      to += pitch;
     }
-    const int* const from = tokens + item * kVectorColumns;
-    const u32 left = columns - item * kVectorColumns;
-    if (left >= kVectorColumns) return *reinterpret_cast<const int4*>(from);
-    value.x = __ldg(from);
-    if (left > 1) value.y = __ldg(from + 1);
-    if (left > 2) value.z = __ldg(from + 2);
-    return value;
-  }
-
-  __device__ __forceinline__ void store(int* row, u32 item, const int4& value) const {
-    if (!has_vectors) {
-      row[item] = value.x >> shift;
-      return;
-    }
-    int* const to = row + item * kVectorColumns;
-    const u32 left = columns - item * kVectorColumns;
-    if (left >= kVectorColumns) {
-      *reinterpret_cast<int4*>(to) = value;
-      return;
-    }
-    to[0] = value.x;
-    if (left > 1) to[1] = value.y;
-    if (left > 2) to[2] = value.z;
   }
 };
 
-// As table_block; 32-bit numbers, and no more instructions before a load or store than it needs.
+// What a thread takes of a row, at a column below the width: a vector or a token. A vector is read as
+// a whole wherever the table is wide enough for it, however little of it is live.
+__device__ __forceinline__ int4 direct_load(const int* from, bool has_vectors, int columns) {
+  if (has_vectors && columns >= kVectorColumns) return *reinterpret_cast<const int4*>(from);
+  int4 value = {__ldg(from), 0, 0, 0};
+  if (has_vectors && columns > 1) value.y = __ldg(from + 1);
+  if (has_vectors && columns > 2) value.z = __ldg(from + 2);
+  return value;
+}
+
+// `value`, of which the compiler does not know that all threads have the same: on the path of uniform
+// numbers instructions take longer, and what is loaded through it is waited for to be moved there.
+__device__ __forceinline__ u32 of_this_thread(u32 value) {
+#ifdef __CUDA_ARCH__
+  u32 zero;
+  asm("shr.u32 %0, %1, 8;" : "=r"(zero) : "r"(threadIdx.x));
+  static_assert(kBlockThreads == 1 << 8, "threads of a block");
+  value += zero;
+#endif
+  return value;
+}
+
+// As table_block; 32-bit numbers, and no more instructions before a load or store than it needs: what
+// does not depend on a length is made while the lengths are under way, tokens are loaded before it is
+// known which rows they go to, and nothing is branched over on the way there.
 template <bool kUniform>
 __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
   const int thread = threadIdx.x;
-  const int table = static_cast<int>(blockIdx.x) - 1;
+  const int table = static_cast<int>(of_this_thread(blockIdx.x)) - 1;
   const int blocks_of_request = args.page_1_blocks + args.real_page_blocks;
   const int request = args.blocks_inverse == 0
                           ? table
                           : static_cast<int>(__umulhi(static_cast<u32>(table), args.blocks_inverse));
-  int block = table - request * blocks_of_request;
-  const Length seq = direct_seq_len(args, request);
-  const Length pool =
-      direct_length(args.req_pool_indices, request, args.pool_step, (args.flags & kFusedPoolIsInt64) != 0);
-  Length extend = {args.uniform_q, 0};
-  u32 before = 0;  // query tokens of this thread's share of the requests before
+  DirectLength seq_words = direct_seq_len(args, request), pool_words = direct_pool_index(args, request);
   const bool rows_vary = !kUniform && args.uniform_q < 0;
   const bool in_warp = args.bs <= kWarpThreads;  // every warp adds them up, without a barrier
-  if (rows_vary) {
-    const int other = in_warp ? thread % kWarpThreads : thread;
-    extend = direct_extend_len(args, request);
-    if (other < request) before = direct_query_tokens(direct_extend_len(args, other));
-  }
+  const int other = static_cast<int>(in_warp ? threadIdx.x % kWarpThreads : threadIdx.x);
+  DirectLength extend_words = direct_extend_len(args, other);  // of this request or one before
+  if (rows_vary && other <= request) extend_words.load();
+  seq_words.load();
+  pool_words.load();
 
+  int block = table - request * blocks_of_request;
   const bool is_page_1 = block < args.page_1_blocks;
   if (!is_page_1) block -= args.page_1_blocks;
   const int shift = is_page_1 ? 0 : args.page_shift;
   const u32 per_thread = static_cast<u32>(args.table_items);
   const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
-  if (unlikely(pool.high != 0 || static_cast<u32>(pool.low) >= static_cast<u32>(args.pool_rows))) {
+  const u32 step =
+      static_cast<u32>(is_page_1 ? args.page_1_blocks : args.real_page_blocks) * per_thread * kBlockThreads;
+  const bool has_vectors = shift == 0 && (args.flags & kHasVectors) != 0;
+  // Items are vectors or tokens; below 2^30 + 2^20 columns.
+  const int columns_log2 = has_vectors ? 2 : shift;
+  static_assert(kVectorColumns == 1 << 2, "columns of a vector");
+  const int width = args.width;
+  const u32 item = block_first + static_cast<u32>(thread);
+  int column = static_cast<int>(item << columns_log2);
+  const int columns =
+      static_cast<int>(made_here(static_cast<u32>(width - column)));  // of the table, from there on
+  const int* from = args.req_to_token + column;
+  const u32 token_pitch = made_here(static_cast<u32>(args.token_stride) * kIntBytes);
+  // Both are loaded and one is taken: not loaded from an address that has to be computed.
+  int* const page_table_1 = made_here(args.page_table_1);
+  int* const real_page_table = made_here(args.real_page_table);
+  int* const out = is_page_1 ? page_table_1 : real_page_table;
+  const i64 stride = is_page_1 ? args.page_1_stride : args.real_page_stride;
+  DirectRows rows = {reinterpret_cast<char*>(out + (has_vectors ? column : static_cast<int>(item))),
+                     made_here(static_cast<u32>(stride) * kIntBytes), args.uniform_q};
+
+  const Length seq = seq_words.value(), pool = pool_words.value();
+  const bool in_pool = pool.high == 0 && static_cast<u32>(pool.low) < static_cast<u32>(args.pool_rows);
+  // A column is live below min(seq + kv_add, width).
+  const bool is_live = columns > 0 && seq.value() > column - args.kv_add;
+  from = reinterpret_cast<const int*>(reinterpret_cast<const char*>(from) +
+                                      static_cast<u64>(static_cast<u32>(pool.low)) * token_pitch);
+  int4 value = {0, 0, 0, 0};
+  if (in_pool && is_live && per_thread == 1) value = direct_load(from, has_vectors, columns);
+
+  if (unlikely(!in_pool)) {
     if (block_first == 0 && thread == 0) atomicMax(args.status, kRequestOutsidePool);
     return;
   }
-  // Columns: min(max(seq + kv_add, 0), width), where seq may be beyond int32.
-  const int width = args.width;
   constexpr int kFar = 1 << 30;
   const int seq_cut = seq.high == seq.low >> 31 ? seq.low : seq.high < 0 ? -kFar : kFar;
   const int kv = min(max(min(seq_cut, width) + args.kv_add, 0), width);
-  const u32 items = (static_cast<u32>(kv) + (1u << shift) - 1) >> shift;
-  if (block_first >= items) return;  // behind the live prefix: before any sum
-
-  TableRow row;
-  row.tokens = args.req_to_token + pool.low * args.token_stride;
-  row.out = is_page_1 ? args.page_table_1 : args.real_page_table;
-  row.stride = is_page_1 ? args.page_1_stride : args.real_page_stride;
-  // A token is loaded before it is known which rows it goes to.
-  const RowItems row_items = {row.tokens, items, shift, shift == 0 && (args.flags & kHasVectors) != 0};
-  const u32 count = row_items.count();
-  u32 item = block_first + static_cast<u32>(thread);
-  int4 value = {0, 0, 0, 0};
-  if (item < count && per_thread == 1) value = row_items.load(item);
+  if (static_cast<int>(block_first << columns_log2) >= kv) return;  // behind the live prefix
 
   int row_begin = request * args.uniform_q;
-  row.num_rows = args.uniform_q;
   if constexpr (!kUniform) {
     if (rows_vary) {
-      __shared__ u32 warp_sums[kBlockWarps];
-      u32 sum = warp_sum_small(before);
-      if (!in_warp) {
+      const u32 query_tokens = direct_query_tokens(extend_words.value());
+      u32 sum = warp_sum_small(other < request ? query_tokens : 0);
+      if (in_warp) {
+        rows.count = __shfl_sync(kFullWarp, static_cast<int>(query_tokens), request);
+      } else {
+        __shared__ u32 warp_sums[kBlockWarps + 1];
+        if (thread == request) warp_sums[kBlockWarps] = query_tokens;
         if (thread % kWarpThreads == 0) warp_sums[thread / kWarpThreads] = sum;
         __syncthreads();
         sum = 0;
 #pragma unroll
         for (int w = 0; w < kBlockWarps; ++w) sum += warp_sums[w];
+        rows.count = static_cast<int>(warp_sums[kBlockWarps]);
       }
       row_begin = static_cast<int>(sum);
-      row.num_rows = static_cast<int>(direct_query_tokens(extend));
     }
-    row.num_rows = min(row.num_rows, args.total_len - row_begin);
-    if (row.num_rows <= 0) return;
+    rows.count = min(rows.count, args.total_len - row_begin);
+    if (rows.count <= 0) return;
   }
-  row.out += row_begin * row.stride;
-  const u32 step =
-      static_cast<u32>(is_page_1 ? args.page_1_blocks : args.real_page_blocks) * per_thread * kBlockThreads;
   if (unlikely(per_thread > 1)) {
-    copy_row(row, items, {item, step, per_thread}, shift, row_items.has_vectors);
+    const TableRow row = {args.req_to_token + pool.low * args.token_stride, out + row_begin * stride, stride,
+                          rows.count};
+    const u32 items = (static_cast<u32>(kv) + (1u << shift) - 1) >> shift;
+    copy_row(row, items, {item, step, per_thread}, shift, has_vectors);
     return;
   }
-  while (item < count) {
-    int* out = row.out;
-#pragma unroll 1
-    for (int r = 0; r < row.num_rows; ++r) {
-      row_items.store(out, item, value);
-      out += row.stride;
+  rows.out += static_cast<u64>(static_cast<u32>(row_begin)) * rows.pitch;
+  while (column < kv) {
+    const int left = kv - column;
+    if (!has_vectors) {
+      rows.store(value.x >> shift);
+    } else if (left >= kVectorColumns) {
+      rows.store(value);
+    } else {
+      rows.store_some(value, left);
     }
-    item += step;
-    if (unlikely(item < count)) value = row_items.load(item);
+    column += static_cast<int>(step << columns_log2);
+    if (unlikely(column < kv)) {
+      from += step << columns_log2;
+      rows.out += (has_vectors ? step << columns_log2 : step) * sizeof(int);
+      value = direct_load(from, has_vectors, width - column);
+    }
   }
 }
 

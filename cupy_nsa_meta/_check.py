@@ -253,7 +253,7 @@ def out_total(array: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> t
 
 
 class FusedOutputs(NamedTuple):
-    """The outputs of the fused family, in the order of ``struct FusedArgs``; None: not wanted."""
+    """The outputs of the fused family; None: not wanted."""
 
     cache_seqlens: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None

@@ -21,9 +21,35 @@ from ._launch import PackedLaunch
 from ._status import INT32_MAX, Status, fused_error
 from .dispatch import cuda_unavailable_reason
 
-#: ``struct FusedArgs`` of fused.cu: 22 pointers, 7 strides and 2 sizes, 15 ints, flags, and of
-#: fused_direct 3 steps and an inverse.
-ARGS = struct.Struct("<22Q9q15iI3iI")
+#: ``struct FusedArgs`` of fused.cu, in its order: format characters of ``struct``, names.
+FIELDS = (
+    ("Q", "seq_lens req_pool_indices"),
+    ("i", "bs uniform_q"),
+    ("I", "flags"),
+    ("i", "page_1_blocks real_page_blocks"),
+    ("I", "blocks_inverse"),
+    ("i", "pool_step page_shift"),
+    ("Q", "extend_seq_lens req_to_token"),
+    ("q", "token_stride pool_rows"),
+    ("Q", "status"),
+    ("i", "extend_step table_items total_len kv_add topk width"),
+    ("i", "seq_step token_width"),
+    ("Q", "cache_seqlens cu_seqlens_k dsa_cache_seqlens dsa_cu_seqlens_k seqlens_expanded"),
+    ("Q", "paged_mqa_ctx_lens_2d"),
+    ("q", "mqa_stride"),
+    ("Q", "page_table_1"),
+    ("q", "page_1_stride"),
+    ("Q", "real_page_table"),
+    ("q", "real_page_stride"),
+    ("Q", "tile_sums"),
+    ("i", "pad_to num_tiles row_parts flattened_blocks"),
+    ("Q", "cu_seqlens_q extend_start_loc token_to_batch_idx ks ke topk_indices_offset positions"),
+    ("Q", "page_table_1_flattened"),
+    ("q", "flattened_size seq_stride extend_stride pool_stride"),
+)
+_FORMATS = {name: format for format, names in FIELDS for name in names.split()}
+ARGS = struct.Struct("<" + "".join(_FORMATS.values()))
+assert ARGS.size == 328
 assert ARGS.size <= _launch.ARGS_BYTES
 
 REQUESTS_PER_TILE = _launch.BLOCK_THREADS  # kRequestsPerTile
@@ -121,6 +147,10 @@ def direct_kernel(call: FusedCall) -> str | None:
         or max(_steps(call)) > INT32_MAX
         or call.width >= DIRECT_MAX_WIDTH
         or (call.req_to_token is not None and call.req_to_token.size(0) > INT32_MAX)
+        or any(  # bytes between rows
+            table is not None and table.stride(0) > INT32_MAX // 4
+            for table in (call.req_to_token, out.page_table_1, out.real_page_table)
+        )
     ):
         return None
     return "fused_direct_uniform" if call.extend_seq_lens is None else "fused_direct"
@@ -214,63 +244,88 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
         if places & 15 == 0:
             flags |= HAS_VECTORS
     seq_step, extend_step, pool_step = (min(step, INT32_MAX) for step in _steps(call))
+    (
+        cache, cu_k, cu_q, starts, expanded, dsa, dsa_cu, *others, mqa_at, page_1_at, real_page_at,
+        flattened_at,
+    ) = [0 if tensor is None else tensor.data_ptr() for tensor in out]  # fmt: skip
     ARGS.pack_into(
         buffer,
         0,
         seq.data_ptr(),
-        0 if extend is None else extend.data_ptr(),
         pool.data_ptr() if has_tables and pool is not None else 0,
+        call.bs,
+        call.uniform_q,
+        flags,
+        shape.page_1_blocks,
+        shape.real_page_blocks,
+        _inverse(shape.table_blocks),
+        pool_step,
+        call.page_size.bit_length() - 1,
+        0 if extend is None else extend.data_ptr(),
         tokens.data_ptr() if has_tables and tokens is not None else 0,
-        *[0 if tensor is None else tensor.data_ptr() for tensor in out],
+        0 if tokens is None else tokens.stride(0),
+        0 if tokens is None else tokens.size(0),
         status,
+        extend_step,
+        shape.table_items,
+        call.total_len,
+        call.kv_add,
+        call.topk,
+        call.width,
+        seq_step,
+        0 if tokens is None else tokens.size(1),
+        cache,
+        cu_k,
+        dsa,
+        dsa_cu,
+        expanded,
+        mqa_at,
+        0 if mqa is None else mqa.stride(0),
+        page_1_at,
+        0 if page_1 is None else page_1.stride(0),
+        real_page_at,
+        0 if real_page is None else real_page.stride(0),
         0,  # tile_sums
+        call.pad_to,
+        shape.num_tiles,
+        shape.row_parts,
+        shape.flattened_blocks,
+        cu_q,
+        starts,
+        *others,  # token_to_batch_idx .. positions
+        flattened_at,
+        0 if flattened is None else flattened.numel(),
         seq.stride(0),
         0 if extend is None else extend.stride(0),
         0 if pool is None else pool.stride(0),
-        0 if tokens is None else tokens.stride(0),
-        0 if page_1 is None else page_1.stride(0),
-        0 if real_page is None else real_page.stride(0),
-        0 if mqa is None else mqa.stride(0),
-        0 if flattened is None else flattened.numel(),
-        0 if tokens is None else tokens.size(0),
-        0 if tokens is None else tokens.size(1),
-        call.bs,
-        call.total_len,
-        call.pad_to,
-        call.width,
-        call.page_size.bit_length() - 1,
-        call.topk,
-        call.uniform_q,
-        call.kv_add,
-        shape.num_tiles,
-        shape.row_parts,
-        shape.page_1_blocks,
-        shape.real_page_blocks,
-        shape.flattened_blocks,
-        shape.table_items,
-        flags,
-        seq_step,
-        extend_step,
-        pool_step,
-        _inverse(shape.table_blocks),
     )
 
 
 _NO_ROW_OUTPUTS = (None,) * 9
 
 
-# Where the fields of ``ARGS`` lie that differ between calls on the same tensors.
-_POINTER = struct.Struct("<Q")
-STATUS_AT = 20 * 8
-_TILE_SUMS_AT = 21 * 8
-_SIZES = struct.Struct("<3i")  # bs, total_len, pad_to
-_SIZES_AT = 31 * 8 + 4
-_UNIFORM_Q = struct.Struct("<i")
-_UNIFORM_Q_AT = _SIZES_AT + 6 * 4
-_SHAPE = struct.Struct("<6iI")  # Geometry, flags
-_SHAPE_AT = _UNIFORM_Q_AT + 2 * 4
-_INVERSE = struct.Struct("<I")
-_INVERSE_AT = ARGS.size - _INVERSE.size
+def _at(name: str) -> int:
+    """Offset of a field of ``ARGS``."""
+    before = list(_FORMATS).index(name)
+    return struct.calcsize("<" + "".join([*_FORMATS.values()][:before]))
+
+
+def _run_of(names: str) -> tuple[struct.Struct, int]:
+    """Packer and offset of fields that follow each other in ``ARGS``."""
+    wanted = names.split()
+    begin = list(_FORMATS).index(wanted[0])
+    assert list(_FORMATS)[begin : begin + len(wanted)] == wanted
+    return struct.Struct("<" + "".join(map(_FORMATS.__getitem__, wanted))), _at(wanted[0])
+
+
+# The fields of ``ARGS`` that differ between calls on the same tensors.
+STATUS_AT = _at("status")
+_FRONT, _FRONT_AT = _run_of("bs uniform_q flags page_1_blocks real_page_blocks blocks_inverse")
+_ITEMS, _ITEMS_AT = _run_of("table_items total_len")
+_TILES, _TILES_AT = _run_of("tile_sums pad_to num_tiles row_parts flattened_blocks")
+_FLAGS, _FLAGS_AT = _run_of("flags")
+_TOTAL_LEN, _TOTAL_LEN_AT = _run_of("total_len")
+_PAD_TO, _PAD_TO_AT = _run_of("pad_to")
 
 
 def _inverse(divisor: int) -> int:
@@ -307,8 +362,8 @@ class Template:
         shape = cut_up(call.bs, 1, self._units, num_sms)
         _pack_all(base, call._replace(total_is_capacity=False), shape, status)
         self._base = bytes(base)
-        self._flags: int = _SHAPE.unpack_from(base, _SHAPE_AT)[-1]
-        #: By what the grid depends on: the arguments but for the numbers, kernels and grids.
+        self._flags: int = _FLAGS.unpack_from(base, _FLAGS_AT)[0]
+        #: By what the grid depends on: the arguments without total_len and pad_to, kernels, grids.
         self._shapes: dict[tuple[Any, ...], tuple[bytes, Launches]] = {}
 
     def fill(self, buffer: bytearray, numbers: Numbers, tile_sums: int = 0) -> Launches:
@@ -318,7 +373,7 @@ class Template:
         if tile_sums or not is_small(bs, uniform_q, self._max_extend_len, pad_to):
             direct = None
         row_parts = 1 if direct else parts_of_rows(bs, max(total_len, pad_to))
-        key = bs, row_parts, direct, tile_sums, total_is_capacity
+        key = bs, uniform_q, row_parts, direct, tile_sums, total_is_capacity
         found = self._shapes.get(key)
         if found is None:
             if len(self._shapes) >= MAX_SHAPES:
@@ -326,8 +381,9 @@ class Template:
             found = self._shapes[key] = self._shape(*key)
         arguments, launches = found
         buffer[: ARGS.size] = arguments
-        _SIZES.pack_into(buffer, _SIZES_AT, bs, total_len, pad_to)
-        _UNIFORM_Q.pack_into(buffer, _UNIFORM_Q_AT, uniform_q)
+        _TOTAL_LEN.pack_into(buffer, _TOTAL_LEN_AT, total_len)
+        if pad_to:
+            _PAD_TO.pack_into(buffer, _PAD_TO_AT, pad_to)
         return launches
 
     def pack(self, numbers: Numbers, tile_sums: int = 0) -> PackedLaunch:
@@ -337,14 +393,24 @@ class Template:
         return PackedLaunch(arguments, launches)
 
     def _shape(
-        self, bs: int, row_parts: int, direct: str | None, tile_sums: int, total_is_capacity: bool
+        self,
+        bs: int,
+        uniform_q: int,
+        row_parts: int,
+        direct: str | None,
+        tile_sums: int,
+        total_is_capacity: bool,
     ) -> tuple[bytes, Launches]:
         shape = cut_up(bs, row_parts, self._units, self._num_sms)
         arguments = bytearray(self._base)
+        tiles, parts, page_1, real_page, flattened, items = shape
         flags = self._flags | (TOTAL_IS_CAPACITY if total_is_capacity else 0)
-        _SHAPE.pack_into(arguments, _SHAPE_AT, *shape, flags)
-        _POINTER.pack_into(arguments, _TILE_SUMS_AT, tile_sums)
-        _INVERSE.pack_into(arguments, _INVERSE_AT, _inverse(shape.table_blocks))
+        _FRONT.pack_into(
+            arguments, _FRONT_AT, bs, uniform_q, flags, page_1, real_page,
+            _inverse(shape.table_blocks),
+        )  # fmt: skip
+        _ITEMS.pack_into(arguments, _ITEMS_AT, items, 0)
+        _TILES.pack_into(arguments, _TILES_AT, tile_sums, 0, tiles, parts, flattened)
         return bytes(arguments), launches_of(bs, shape, direct, tile_sums != 0)
 
 

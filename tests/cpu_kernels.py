@@ -222,7 +222,6 @@ def check_draft_extend(case: Case, expected: Expected, buffers: list[bytes]) -> 
 
 # ---- The fused family ---------------------------------------------------------------------------
 
-NUM_FUSED_POINTERS = 22  # at the front of struct FusedArgs: inputs, outputs, status, tile_sums
 FUSED_INPUTS = 4
 
 
@@ -253,15 +252,17 @@ def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = Fa
     args = packed.buffer[: fused.ARGS.size]
     pointers: list[tuple[int, int, int]] = []
     tensors: list[torch.Tensor] = []
-    for position, tensor in enumerate((*call[:FUSED_INPUTS], *call.outputs)):
-        if struct.unpack_from("<Q", args, 8 * position)[0]:
-            pointers.append((8 * position, len(tensors), 0))
+    names = (*FusedCall._fields[:FUSED_INPUTS], *call.outputs._fields)
+    for name, tensor in zip(names, (*call[:FUSED_INPUTS], *call.outputs), strict=True):
+        at = fused._at(name)
+        if struct.unpack_from("<Q", args, at)[0]:
+            pointers.append((at, len(tensors), 0))
             tensors.append(tensor)
     buffers = [Buffer(_storage(tensor), tensor.data_ptr() % 16) for tensor in tensors]
-    pointers.append((8 * (NUM_FUSED_POINTERS - 2), len(buffers), 0))
+    pointers.append((fused.STATUS_AT, len(buffers), 0))
     buffers.append(Buffer(bytes(4)))
     if tiled:
-        pointers.append((8 * (NUM_FUSED_POINTERS - 1), len(buffers), 0))
+        pointers.append((fused._at("tile_sums"), len(buffers), 0))
         buffers.append(Buffer(b"\x55" * (8 * fused.NUM_TILE_SUMS * fused.num_tiles(call.bs))))
     job = Job(buffers, bytes(args), pointers, packed.launches)
     return FusedJob(case, call, job, tensors)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cupy_nsa_meta import _check, _module, draft_extend
+from cupy_nsa_meta import _check, _module, draft_extend, fused
 
 nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
 
@@ -121,3 +121,15 @@ def test_the_constants_of_host_and_device_agree():
     }.items():
         assert re.search(rf"\b{device_name} = {re.escape(str(value))}[,;]", text), device_name
     assert f"sizeof(DraftExtendArgs) == {draft_extend.ARGS.size}," in text
+
+
+def test_the_fields_of_the_fused_kernels_agree():
+    text = _module.source("fused")
+    body = text.partition("struct FusedArgs {")[2].partition("};")[0]
+    types = {"int": "i", "u32": "I", "i64": "q"}
+    declared = [
+        (name, "Q" if "*" in kind else types[kind])
+        for kind, name in re.findall(r"^  ([\w* ]+[*\w]) (\w+);", body, re.MULTILINE)
+    ]
+    assert declared == list(fused._FORMATS.items())
+    assert f"sizeof(FusedArgs) == {fused.ARGS.size}," in text

@@ -585,7 +585,7 @@ def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
     assert not others
     monkeypatch.undo()
     again = fake_device.launched[-1]
-    topk_at = fused._SIZES_AT + 5 * 4
+    topk_at = fused._at("topk")
     assert int.from_bytes(again[0][topk_at : topk_at + 4], "little") == small["dsa_index_topk"]
 
 
@@ -599,7 +599,7 @@ def test_a_second_table_at_page_size_1_is_aligned_or_copied_by_tokens(shift):
     tokens = torch.empty((call.req_to_token.size(0), 128), dtype=torch.int32)[:, :columns]
     out = call.outputs._replace(page_table_1=first, real_page_table=second)
     packed = fused.pack(call._replace(outputs=out, req_to_token=tokens), 132, status=1)
-    flags = fused._SHAPE.unpack_from(packed.buffer, fused._SHAPE_AT)[-1]
+    flags = fused._FLAGS.unpack_from(packed.buffer, fused._FLAGS_AT)[0]
     assert packed.launches[0][0] == "fused_direct_uniform"
     assert bool(flags & fused.HAS_VECTORS) == (shift == 0)
 

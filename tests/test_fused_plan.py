@@ -280,7 +280,7 @@ def test_large_batches_bring_their_scratch(fake_device):
     (large, in_order), (small, one) = fake_device.launched
     assert [name for name, _ in in_order] == ["fused_tiles", "fused"]
     assert [name for name, _ in one] == ["fused_direct_uniform"]
-    at = fused._TILE_SUMS_AT
+    at = fused._at("tile_sums")
     assert int.from_bytes(large[at : at + 8], "little") == plan._scratch.data_ptr()
     assert plan._scratch.numel() == fused.NUM_TILE_SUMS * 65
     assert int.from_bytes(small[at : at + 8], "little") == 0
@@ -291,7 +291,7 @@ def test_rows_from_the_device_are_a_flag(fake_device):
     plan = plan_of(built)
     plan.launch(total_len=11)
     plan.launch()
-    at = fused._SHAPE_AT + fused._SHAPE.size - 4
+    at = fused._FLAGS_AT
     (given, _), (bounded, _) = fake_device.launched
     flags = [int.from_bytes(args[at : at + 4], "little") for args in (given, bounded)]
     assert flags[1] == flags[0] | fused.TOTAL_IS_CAPACITY
