@@ -40,17 +40,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "fused": ("fused", "fused_direct", "fused_direct_uniform", "fused_tiles"),
 }
 #: Files whose kernels are compiled as several programs, side by side: the first call waits for the
-#: slowest one only. ``NSA_IN_PROGRAM`` in the file draws the same lines.
+#: slowest one only. Two, as ``draft_extend_large`` alone takes as long as the rest on some cores,
+#: and each program costs 40 ms of a core. ``NSA_IN_PROGRAM`` in the file draws the same lines.
 PROGRAMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "draft_extend": (
         ("draft_extend_large",),
-        (
-            "draft_extend_warp",
-            "draft_extend_warp_quads",
-            "draft_extend_tiles",
-            "draft_extend_tiled",
-        ),
-        ("draft_extend_block", "draft_extend_block4", "draft_extend_block4_quads"),
+        tuple(name for name in KERNELS["draft_extend"] if name != "draft_extend_large"),
     ),
 }
 
@@ -296,8 +291,8 @@ def load(stem: str, device: int) -> dict[str, Any]:
 def _load_cubins(cupy: Any, stem: str, options: tuple[str, ...], device: int) -> dict[str, Any]:
     """Compile (or take from CuPy's cache) and load the programs of a file, each in a thread.
 
-    NVRTC compiles without Python's lock and without one of its own. ``--split-compile`` is not
-    enough by itself: of a program it shares out the later half only.
+    NVRTC compiles without Python's lock and without one of its own. ``--split-compile`` alone keeps
+    a third of a program in one thread, and each kernel waits for that of all.
     """
 
     def load_program(code: str, names: tuple[str, ...]) -> dict[str, Any]:

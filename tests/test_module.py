@@ -152,7 +152,7 @@ def test_a_fault_in_one_program_is_the_fault_of_the_file(cuda):
     load_one = cuda.cupy.RawModule
 
     def fail_in_the_last(code, options, backend):
-        if code.startswith("#define CUPY_NSA_META_PROGRAM 2"):
+        if code.startswith("#define CUPY_NSA_META_PROGRAM 1\n"):
             raise driver_error("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
         return load_one(code, options, backend)
 
