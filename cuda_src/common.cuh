@@ -5,6 +5,13 @@
 // compile the same text with g++ (tests/cuda_on_cpu.h).
 #pragma once
 
+// Which kernels of a file are compiled: those of one program (cupy_nsa_meta/_module.py), or all.
+#ifdef CUPY_NSA_META_PROGRAM
+#define NSA_IN_PROGRAM(number) (CUPY_NSA_META_PROGRAM == (number))
+#else
+#define NSA_IN_PROGRAM(number) 1
+#endif
+
 namespace nsa {
 
 typedef unsigned int u32;

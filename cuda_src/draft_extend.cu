@@ -557,12 +557,18 @@ __device__ __forceinline__ void draft_extend_tiles_body(const DraftExtendArgs& a
 // Grids: any number of blocks that covers max_rows in quad mode, else any number at all; the rows are
 // dealt out over those there are. draft_extend_tiles has num_entries blocks, one per tile, and goes
 // before draft_extend_tiled on the same stream.
+//
+// The slowest to compile is a program of its own: the same in PROGRAMS of cupy_nsa_meta/_module.py.
+#if NSA_IN_PROGRAM(0)
+NSA_KERNEL(draft_extend_large, 1, draft_extend_large_body<false>)
+#endif
+#if NSA_IN_PROGRAM(1)
 NSA_KERNEL(draft_extend_warp, 4, draft_extend_warp_body<false>)
 NSA_KERNEL(draft_extend_warp_quads, 4, draft_extend_warp_body<true>)
 NSA_KERNEL(draft_extend_block, 4, draft_extend_block_body<1, false>)
 NSA_KERNEL(draft_extend_block4, 4, draft_extend_block_body<nsa::kMaxItems, false>)
 NSA_KERNEL(draft_extend_block4_quads, 4, draft_extend_block_body<nsa::kMaxItems, true>)
-NSA_KERNEL(draft_extend_large, 1, draft_extend_large_body<false>)
 NSA_KERNEL(draft_extend_tiles, 4, draft_extend_tiles_body)
 NSA_KERNEL(draft_extend_tiled, 4, draft_extend_large_body<true>)
+#endif
 #undef NSA_KERNEL

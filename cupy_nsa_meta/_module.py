@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -37,6 +38,15 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "draft_extend_tiled",
     ),
     "fused": ("fused", "fused_direct", "fused_direct_uniform", "fused_tiles"),
+}
+#: Files whose kernels are compiled as several programs, side by side: the first call waits for the
+#: slowest one only. Two, as ``draft_extend_large`` alone takes as long as the rest on some cores,
+#: and each program costs 40 ms of a core. ``NSA_IN_PROGRAM`` in the file draws the same lines.
+PROGRAMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "draft_extend": (
+        ("draft_extend_large",),
+        tuple(name for name in KERNELS["draft_extend"] if name != "draft_extend_large"),
+    ),
 }
 
 _compile_lock = threading.RLock()
@@ -166,8 +176,16 @@ def compile_options() -> tuple[str, ...]:
 
 
 def source(stem: str) -> str:
-    """The text of ``cuda_src/<stem>.cu``."""
+    """The text of ``cuda_src/<stem>.cu``: all of its kernels."""
     return (source_dir() / f"{stem}.cu").read_text()
+
+
+def program_source(stem: str, number: int) -> str:
+    """The text of one of the ``PROGRAMS`` of a file.
+
+    The number is in the text: CuPy compiles an empty program for each new set of options.
+    """
+    return f"#define CUPY_NSA_META_PROGRAM {number}\n#line 1\n{source(stem)}"
 
 
 @functools.cache
@@ -252,8 +270,7 @@ def load(stem: str, device: int) -> dict[str, Any]:
             cached = _cache_entries() if is_logged else None
             begin = perf_counter()
             try:
-                module = cupy.RawModule(code=source(stem), options=options, backend="nvrtc")
-                kernels = {name: module.get_function(name).kernel for name in KERNELS[stem]}
+                kernels = _load_cubins(cupy, stem, options, device)
                 how = "cubin"
             except cupy.cuda.driver.CUDADriverError as error:
                 if "NO_BINARY_FOR_GPU" not in str(error):
@@ -269,6 +286,29 @@ def load(stem: str, device: int) -> dict[str, Any]:
                 f"{torch.cuda.get_device_name(device)} ({architecture(device)})",
                 error,
             ) from error
+
+
+def _load_cubins(cupy: Any, stem: str, options: tuple[str, ...], device: int) -> dict[str, Any]:
+    """Compile (or take from CuPy's cache) and load the programs of a file, each in a thread.
+
+    NVRTC compiles without Python's lock and without one of its own. ``--split-compile`` alone keeps
+    a third of a program in one thread, and each kernel waits for that of all.
+    """
+
+    def load_program(code: str, names: tuple[str, ...]) -> dict[str, Any]:
+        with cupy.cuda.Device(device):  # each thread has its own current device
+            module = cupy.RawModule(code=code, options=options, backend="nvrtc")
+            return {name: module.get_function(name).kernel for name in names}
+
+    if stem not in PROGRAMS:
+        return load_program(source(stem), KERNELS[stem])
+    programs = PROGRAMS[stem]
+    codes = [program_source(stem, number) for number in range(len(programs))]
+    kernels: dict[str, Any] = {}
+    with ThreadPoolExecutor(len(programs), "cupy_nsa_meta-compile") as pool:
+        for loaded in pool.map(load_program, codes, programs):
+            kernels |= loaded
+    return kernels
 
 
 def _load_ptx(cupy: Any, stem: str, options: tuple[str, ...], device: int) -> dict[str, Any]:

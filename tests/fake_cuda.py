@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ class FakeCuda:
 
     def __init__(self, num_devices: int = 2) -> None:
         self.num_devices = num_devices
-        self.current = 0
+        self._thread = threading.local()
         self.delayed = False
         self.streams: dict[int, int] = {}  # torch's current stream of each device
         self.log: list[tuple[str, int, object]] = []
@@ -67,6 +68,15 @@ class FakeCuda:
         self.numbers = itertools.count(1000)
         self.kernels: dict[int, tuple[str, int]] = {}  # handle: name, device
         self.cupy = self._cupy()
+
+    @property
+    def current(self) -> int:
+        """The current device: each thread has its own, at first 0."""
+        return getattr(self._thread, "current", 0)
+
+    @current.setter
+    def current(self, device: int) -> None:
+        self._thread.current = device
 
     # ---- torch --------------------------------------------------------------------------------
 

@@ -63,6 +63,15 @@ def test_compiles_without_spills(stem, architecture):
     ] == []
 
 
+@pytest.mark.parametrize("stem", _module.PROGRAMS)
+def test_the_programs_of_a_file_share_out_its_kernels(stem):
+    programs = _module.PROGRAMS[stem]
+    assert sorted(name for names in programs for name in names) == sorted(_module.KERNELS[stem])
+    for number, names in enumerate(programs):
+        _, log = compile_source(_module.program_source(stem, number), "sm_90")
+        assert set(resources(log)) == set(names)
+
+
 def test_the_report_is_read():
     spilling = """
     extern "C" __global__ void __launch_bounds__(1024, 2) spills(float* p) {

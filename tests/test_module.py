@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,55 @@ def test_the_logger_is_silent_unless_asked():
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == "DEBUG:cupy_nsa_meta:this line shall be seen\n"
+
+
+# ---- Programs side by side ----------------------------------------------------------------------
+
+
+def test_the_programs_of_a_file_are_compiled_at_the_same_time(cuda):
+    """Each waits until all have begun, on the device that the kernels are for."""
+    programs = _module.PROGRAMS["draft_extend"]
+    begun = threading.Barrier(len(programs), timeout=60)
+    load_one = cuda.cupy.RawModule
+
+    def load_together(code, options, backend):
+        begun.wait()
+        return load_one(code, options, backend)
+
+    cuda.cupy.RawModule = load_together
+    kernels = _module.load("draft_extend", 1)
+    assert set(kernels) == set(_module.KERNELS["draft_extend"])
+    assert {cuda.kernels[kernel.ptr] for kernel in kernels.values()} == {
+        (name, 1) for name in kernels
+    }
+    assert cuda.current == 0
+
+
+def test_a_fault_in_one_program_is_the_fault_of_the_file(cuda):
+    load_one = cuda.cupy.RawModule
+
+    def fail_in_the_last(code, options, backend):
+        if code.startswith("#define CUPY_NSA_META_PROGRAM 1\n"):
+            raise driver_error("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+        return load_one(code, options, backend)
+
+    cuda.cupy.RawModule = fail_in_the_last
+    with pytest.raises(_module.KernelUnavailableError, match="no GPU memory is left"):
+        _module.load("draft_extend", 0)
+    cuda.cupy.RawModule = load_one
+    assert set(_module.load("draft_extend", 0)) == set(_module.KERNELS["draft_extend"])
+
+
+def test_a_cache_that_lacks_one_program_is_not_a_hit(cache, caplog):
+    caplog.set_level(logging.DEBUG, logger="cupy_nsa_meta")
+    _module.load("draft_extend", 0)
+    entries = [path for path in cache.iterdir() if path.suffix == ".cubin"]
+    assert len(entries) == len(_module.PROGRAMS["draft_extend"])
+    _module.load("draft_extend", 0)
+    entries[0].unlink()
+    _module.load("draft_extend", 0)
+    hits = [re.search(r"cache hit: (yes|no)", line)[1] for line in lines_of(caplog)]
+    assert hits == ["no", "yes", "no"]
 
 
 # ---- CuPy's cache -------------------------------------------------------------------------------
