@@ -448,19 +448,6 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   const int row_step = has_warps ? kWarpThreads : spreads ? kBlockWarps : 1;
   const u32 total_len = static_cast<u32>(args.total_len);
   const u32 least_total = (args.flags & kTotalIsCapacity) != 0 ? 0 : total_len;
-  // The places of uniform rows are made here, not each behind a latency where it is used; where rows
-  // vary, there are no registers for them.
-  const int own_row = kUniform ? first_row : 0, own_request = kUniform ? writes : 0;
-  int* cache_at = args.cache_seqlens + own_request;
-  int* cu_seqlens_at = args.cu_seqlens_k + own_request;
-  int* dsa_cache_at = args.dsa_cache_seqlens + own_row;
-  int* dsa_cu_at = args.dsa_cu_seqlens_k + own_row;
-  if constexpr (kUniform) {
-    cache_at = made_here(cache_at);
-    cu_seqlens_at = made_here(cu_seqlens_at);
-    dsa_cache_at = made_here(dsa_cache_at);
-    dsa_cu_at = made_here(dsa_cu_at);
-  }
   const Length seq = seq_words.value();
   Length extend = extend_words.value();
   if constexpr (kUniform) extend = {idx < bs ? args.uniform_q : 0, 0};
@@ -550,13 +537,13 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   }
 
   if (thread == 0) {
-    *cu_seqlens_at = 0;
-    *dsa_cu_at = 0;
+    args.cu_seqlens_k[0] = 0;
+    args.dsa_cu_seqlens_k[0] = 0;
   }
   if (writes >= bs) return;
   if (first_row == 0) {
-    cache_at[writes - own_request] = kv;
-    cu_seqlens_at[writes - own_request + 1] = static_cast<int>(kv_before) + kv;
+    args.cache_seqlens[writes] = kv;
+    args.cu_seqlens_k[writes + 1] = static_cast<int>(kv_before) + kv;
   }
   if constexpr (kUniform) q_before = static_cast<u32>(writes * q);
   int j = first_row;
@@ -564,8 +551,8 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   while (j < q) {
     const u32 row = q_before + static_cast<u32>(j);
     const int expanded = max(first + j, 0);
-    dsa_cache_at[row - own_row] = min(expanded, args.topk);
-    dsa_cu_at[row - own_row + 1] = static_cast<int>(clipped_before + row_sum);
+    args.dsa_cache_seqlens[row] = min(expanded, args.topk);
+    args.dsa_cu_seqlens_k[row + 1] = static_cast<int>(clipped_before + row_sum);
     if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = expanded;
     if (kUniform && args.paged_mqa_ctx_lens_2d != nullptr) {
       args.paged_mqa_ctx_lens_2d[writes * args.mqa_stride + j] = kv;
