@@ -79,36 +79,35 @@ struct FusedArgs {
   int page_1_blocks;  // blocks per request, for each table; 0: not wanted
   int real_page_blocks;
   u32 blocks_inverse;  // of fused_direct: ceil(2^32 / blocks of a request); 0 where there is one
-  int pool_step;       // of fused_direct: bytes between pool indices
-  int page_shift;      // log2 of the page size
+  int seq_step;        // of fused_direct: bytes between lengths
+  int pool_step;
   // Line 1: the first loads of fused_direct, then what their values meet.
   const void* extend_seq_lens;  // [bs] or null
   const int* req_to_token;      // [pool_rows, token_width] or null
   i64 token_stride;             // between rows of req_to_token
   i64 pool_rows;
-  int* status;  // [1], raised to the largest status met
   int extend_step;
   int table_items;  // vectors or tokens of a row that a thread has in flight, 1 .. kUnroll
   int total_len;
   int kv_add;
   int topk;
-  int width;  // columns of page_table_1
-  // Line 2: the 1-D arrays of small batches. It is there when they are written, since the first load
-  // waits for it.
-  int seq_step;  // of fused_direct: bytes between KV lengths
+  int width;       // columns of page_table_1
+  int page_shift;  // log2 of the page size
   int token_width;
+  // Line 2: where small batches are written to.
   int* cache_seqlens;
   int* cu_seqlens_k;
   int* dsa_cache_seqlens;
   int* dsa_cu_seqlens_k;
-  int* seqlens_expanded;
-  int* paged_mqa_ctx_lens_2d;
-  i64 mqa_stride;
-  // Line 3: the tables of small batches, which know early where they write; then the rest.
   int* page_table_1;
   i64 page_1_stride;
   int* real_page_table;
   i64 real_page_stride;
+  // Line 3: what some small batches have, then the rest.
+  int* seqlens_expanded;
+  int* paged_mqa_ctx_lens_2d;
+  i64 mqa_stride;
+  int* status;     // [1], raised to the largest status met
   i64* tile_sums;  // [kTileSums, num_tiles] scratch of the two-launch form, else null
   int pad_to;      // 0: no padding
   int num_tiles;   // max(1, ceil(bs / kRequestsPerTile))
@@ -448,6 +447,8 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   const int row_step = has_warps ? kWarpThreads : spreads ? kBlockWarps : 1;
   const u32 total_len = static_cast<u32>(args.total_len);
   const u32 least_total = (args.flags & kTotalIsCapacity) != 0 ? 0 : total_len;
+  int* const cache_at = made_here(args.cache_seqlens + writes);  // where most results go: the same line
+  int* const expanded_out = made_here(args.seqlens_expanded + writes);  // the line after it
   const Length seq = seq_words.value();
   Length extend = extend_words.value();
   if constexpr (kUniform) extend = {idx < bs ? args.uniform_q : 0, 0};
@@ -542,7 +543,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   }
   if (writes >= bs) return;
   if (first_row == 0) {
-    args.cache_seqlens[writes] = kv;
+    *cache_at = kv;
     args.cu_seqlens_k[writes + 1] = static_cast<int>(kv_before) + kv;
   }
   if constexpr (kUniform) q_before = static_cast<u32>(writes * q);
@@ -553,7 +554,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
     const int expanded = max(first + j, 0);
     args.dsa_cache_seqlens[row] = min(expanded, args.topk);
     args.dsa_cu_seqlens_k[row + 1] = static_cast<int>(clipped_before + row_sum);
-    if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = expanded;
+    if (args.seqlens_expanded != nullptr) expanded_out[static_cast<int>(row) - writes] = expanded;
     if (kUniform && args.paged_mqa_ctx_lens_2d != nullptr) {
       args.paged_mqa_ctx_lens_2d[writes * args.mqa_stride + j] = kv;
     }
