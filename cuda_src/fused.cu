@@ -66,7 +66,7 @@ enum FusedFlags : u32 {
   kHasVectors = 64,        // of fused_direct: rows of page_table_1 can be copied by 16 bytes
 };
 
-// Packed by cupy_nsa_meta/fused.py, field by field in this order: that in which the kernels of small
+// Packed by cupy_nsa_meta/_fused_args.py, field by field in this order: that in which the kernels of small
 // batches first need them. The constants of a launch are new to every multiprocessor, and a line of 64
 // bytes that is met late in a chain costs a latency there. Parameters begin 16 bytes into a line.
 struct FusedArgs {
@@ -126,7 +126,7 @@ struct FusedArgs {
   i64 extend_stride;
   i64 pool_stride;
 };
-static_assert(sizeof(FusedArgs) == 328, "cupy_nsa_meta/fused.py packs 328 bytes");
+static_assert(sizeof(FusedArgs) == 328, "cupy_nsa_meta/_fused_args.py packs 328 bytes");
 
 __device__ __forceinline__ Lengths fused_seq_lens(const FusedArgs& args) {
   return {static_cast<const int*>(args.seq_lens), args.seq_stride, (args.flags & kFusedSeqIsInt64) != 0};

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from . import _check, _env, _launch, fused, reference_fused
+from . import _check, _env, _fused_args, _launch, fused, reference_fused
 from ._check import FusedCall, FusedOutputs
+from ._fused_args import Template
 from ._graphs import CapturedLaunch
 from ._launch import PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, Status, fused_error
-from .fused import Template
 
 _POINTER = struct.Struct("<Q")
 MAX_REMEMBERED = 1024  # batch sizes
@@ -62,9 +62,9 @@ class FusedPlan:
         if not fused._runs_cuda(call.device):
             return
         self._state = state = _launch.device_state(call.device, "fused")
-        tiles = fused.num_tiles(call.bs) if call.bs > fused.ONE_LAUNCH_MAX_BS else 0
+        tiles = _fused_args.num_tiles(call.bs) if call.bs > _fused_args.ONE_LAUNCH_MAX_BS else 0
         self._scratch = torch.empty(
-            fused.NUM_TILE_SUMS * tiles, dtype=torch.int64, device=call.seq_lens.device
+            _fused_args.NUM_TILE_SUMS * tiles, dtype=torch.int64, device=call.seq_lens.device
         )
         self._template = Template(call, state.num_sms, self._status.data_ptr())
 
@@ -180,13 +180,15 @@ class FusedPlan:
             return
         if status is not self._status:
             packed = PackedLaunch(packed.buffer, packed.launches)
-            _POINTER.pack_into(packed.buffer, fused.STATUS_AT, status.data_ptr())
+            _POINTER.pack_into(packed.buffer, _fused_args.STATUS_AT, status.data_ptr())
         state.launch(packed, stream, packed.launches)
 
     def _pack(self, call: FusedCall) -> PackedLaunch:
         """The plan's arguments with the numbers of one batch."""
-        tiled = call.bs > fused.ONE_LAUNCH_MAX_BS
-        return self._template.pack(fused.numbers_of(call), self._scratch.data_ptr() if tiled else 0)
+        tiled = call.bs > _fused_args.ONE_LAUNCH_MAX_BS
+        return self._template.pack(
+            _fused_args.numbers_of(call), self._scratch.data_ptr() if tiled else 0
+        )
 
     def _batch(self, bs: Any, total_len: Any, pad_to: Any) -> FusedCall:
         """The plan's call with the numbers of one batch, checked against the capacities."""

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from cases import POISON, QUADS_MIN_ROWS, Case, Expected
-from cupy_nsa_meta import _check, _module, draft_extend, fused, reference_fused
+from cupy_nsa_meta import _check, _fused_args, _module, draft_extend, fused, reference_fused
 from cupy_nsa_meta._check import DraftExtendKey, FusedCall
 from fused_cases import Built, FusedCase
 from planted import Patch
@@ -248,22 +248,24 @@ class FusedJob:
 def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
     """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
     call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
-    packed = fused.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
-    args = packed.buffer[: fused.ARGS.size]
+    packed = _fused_args.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
+    args = packed.buffer[: _fused_args.ARGS.size]
     pointers: list[tuple[int, int, int]] = []
     tensors: list[torch.Tensor] = []
     names = (*FusedCall._fields[:FUSED_INPUTS], *call.outputs._fields)
     for name, tensor in zip(names, (*call[:FUSED_INPUTS], *call.outputs), strict=True):
-        at = fused._at(name)
+        at = _fused_args._at(name)
         if struct.unpack_from("<Q", args, at)[0]:
             pointers.append((at, len(tensors), 0))
             tensors.append(tensor)
     buffers = [Buffer(_storage(tensor), tensor.data_ptr() % 16) for tensor in tensors]
-    pointers.append((fused.STATUS_AT, len(buffers), 0))
+    pointers.append((_fused_args.STATUS_AT, len(buffers), 0))
     buffers.append(Buffer(bytes(4)))
     if tiled:
-        pointers.append((fused._at("tile_sums"), len(buffers), 0))
-        buffers.append(Buffer(b"\x55" * (8 * fused.NUM_TILE_SUMS * fused.num_tiles(call.bs))))
+        pointers.append((_fused_args._at("tile_sums"), len(buffers), 0))
+        buffers.append(
+            Buffer(b"\x55" * (8 * _fused_args.NUM_TILE_SUMS * _fused_args.num_tiles(call.bs)))
+        )
     job = Job(buffers, bytes(args), pointers, packed.launches)
     return FusedJob(case, call, job, tensors)
 

@@ -20,6 +20,7 @@ import torch
 
 from cupy_nsa_meta import (
     _check,
+    _fused_args,
     _graphs,
     _known,
     _launch,
@@ -138,7 +139,7 @@ class FakeState(_launch.DeviceState):
 
     def execute(self, arguments: bytes, launches) -> None:
         is_seed = launches[-1][0].startswith("draft_extend")
-        size = (draft_extend if is_seed else fused).ARGS.size
+        size = (draft_extend if is_seed else _fused_args).ARGS.size
         self.launched.append((arguments[:size], launches))
         if is_seed:
             self._draft_extend(arguments)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cupy_nsa_meta import _check, _module, draft_extend, fused
+from cupy_nsa_meta import _check, _fused_args, _module, draft_extend
 
 nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
 
@@ -140,5 +140,5 @@ def test_the_fields_of_the_fused_kernels_agree():
         (name, "Q" if "*" in kind else types[kind])
         for kind, name in re.findall(r"^  ([\w* ]+[*\w]) (\w+);", body, re.MULTILINE)
     ]
-    assert declared == list(fused._FORMATS.items())
-    assert f"sizeof(FusedArgs) == {fused.ARGS.size}," in text
+    assert declared == list(_fused_args._FORMATS.items())
+    assert f"sizeof(FusedArgs) == {_fused_args.ARGS.size}," in text

@@ -20,7 +20,7 @@ READS = re.compile(
     r"""environ(?:\.get|\.setdefault|\.pop)?\s*[\(\[]\s*["'](\w+)["']|getenv\(["'](\w+)["']"""
 )
 #: A macro of the compile options; Python's own, passed on to child processes.
-NOT_VARIABLES = {"CUPY_NSA_META_SOURCES", "PYTHONPATH"}
+NOT_VARIABLES = {"CUPY_NSA_META_SOURCES", "CUPY_NSA_META_PROGRAM", "PYTHONPATH"}
 
 
 @pytest.mark.parametrize("name", make_docs["PAGES"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import cupy_nsa_meta
 from cases import POISON
 from cpu_kernels import fused_call
-from cupy_nsa_meta import _check, _launch, _module, fused
+from cupy_nsa_meta import _check, _fused_args, _launch, _module, fused
 from cupy_nsa_meta._status import INT32_MAX
 from fused_cases import (
     BY_NAME,
@@ -507,20 +507,20 @@ def test_geometry_stays_in_bounds():
     for item in CASES + LARGE_CASES:
         call = fused_call(item)
         for num_sms in (1, 20, 132):
-            parts = fused.parts_of_rows(call.bs, max(call.total_len, call.pad_to))
-            shape = fused.cut_up(call.bs, parts, fused.table_units(call), num_sms)
+            parts = _fused_args.parts_of_rows(call.bs, max(call.total_len, call.pad_to))
+            shape = _fused_args.cut_up(call.bs, parts, _fused_args.table_units(call), num_sms)
             assert shape.row_parts >= 1
-            assert 1 <= shape.table_items <= fused.MAX_ITEMS_PER_THREAD
-            assert shape.num_tiles * fused.REQUESTS_PER_TILE >= call.bs
+            assert 1 <= shape.table_items <= _fused_args.MAX_ITEMS_PER_THREAD
+            assert shape.num_tiles * _fused_args.REQUESTS_PER_TILE >= call.bs
             has_tables = bool(call.bs) and any(t is not None for t in call.outputs[13:])
             assert (shape.table_blocks > 0) == has_tables
             assert shape.grid(call.bs) < 2**31
-            if call.bs <= fused.REQUESTS_PER_TILE and shape.table_blocks > 1:
+            if call.bs <= _fused_args.REQUESTS_PER_TILE and shape.table_blocks > 1:
                 last = call.bs * shape.table_blocks - 1
-                inverse = fused._inverse(shape.table_blocks)
+                inverse = _fused_args._inverse(shape.table_blocks)
                 for table in (last, last - shape.table_blocks, last + 1 - shape.table_blocks):
                     assert table * inverse >> 32 == table // shape.table_blocks
-    assert fused.ARGS.size <= _launch.ARGS_BYTES
+    assert _fused_args.ARGS.size <= _launch.ARGS_BYTES
 
 
 # ---- The same call again, without a GPU ---------------------------------------------------------
@@ -585,7 +585,7 @@ def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
     assert not others
     monkeypatch.undo()
     again = fake_device.launched[-1]
-    topk_at = fused._at("topk")
+    topk_at = _fused_args._at("topk")
     assert int.from_bytes(again[0][topk_at : topk_at + 4], "little") == small["dsa_index_topk"]
 
 
@@ -598,16 +598,16 @@ def test_a_second_table_at_page_size_1_is_aligned_or_copied_by_tokens(shift):
     first = torch.empty((rows, 128), dtype=torch.int32)[:, :columns]
     tokens = torch.empty((call.req_to_token.size(0), 128), dtype=torch.int32)[:, :columns]
     out = call.outputs._replace(page_table_1=first, real_page_table=second)
-    packed = fused.pack(call._replace(outputs=out, req_to_token=tokens), 132, status=1)
-    flags = fused._FLAGS.unpack_from(packed.buffer, fused._FLAGS_AT)[0]
+    packed = _fused_args.pack(call._replace(outputs=out, req_to_token=tokens), 132, status=1)
+    flags = _fused_args._FLAGS.unpack_from(packed.buffer, _fused_args._FLAGS_AT)[0]
     assert packed.launches[0][0] == "fused_direct_uniform"
-    assert bool(flags & fused.HAS_VECTORS) == (shift == 0)
+    assert bool(flags & _fused_args.HAS_VECTORS) == (shift == 0)
 
 
 def test_rows_beyond_32_bit_arithmetic_are_left_to_the_general_kernel():
     call = fused_call(BY_NAME["decode_basic_ps64"])
     for width, kernel in ((2**30 - 1, "fused_direct_uniform"), (2**30, "fused")):
-        packed = fused.pack(call._replace(width=width), 132, status=1)
+        packed = _fused_args.pack(call._replace(width=width), 132, status=1)
         assert packed.launches[0][0] == kernel
 
 

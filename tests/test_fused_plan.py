@@ -9,12 +9,12 @@ import torch
 
 import cupy_nsa_meta
 from cases import POISON
-from cupy_nsa_meta import fused, fused_plan
+from cupy_nsa_meta import _fused_args, fused, fused_plan
 from fused_cases import BY_NAME, CASES, FUNCTIONS, Built, case, expected, lengths, random_cases
 from fused_plans import PLANS, batch_of, plan_arguments, plan_of
 from test_fused import MESSAGES
 
-STATUS_AT = fused.STATUS_AT
+STATUS_AT = _fused_args.STATUS_AT
 
 
 @pytest.mark.parametrize("item", CASES, ids=lambda item: item.name)
@@ -271,7 +271,7 @@ def test_smaller_batches_pack_what_the_function_packs(op, fake_device):
 
 
 def test_large_batches_bring_their_scratch(fake_device):
-    bs = fused.ONE_LAUNCH_MAX_BS + 1
+    bs = _fused_args.ONE_LAUNCH_MAX_BS + 1
     item = case("decode", "large", "", [1] * bs, tables=(), pool_rows=1)
     built = Built(item)
     plan = plan_of(built)
@@ -280,9 +280,9 @@ def test_large_batches_bring_their_scratch(fake_device):
     (large, in_order), (small, one) = fake_device.launched
     assert [name for name, _ in in_order] == ["fused_tiles", "fused"]
     assert [name for name, _ in one] == ["fused_direct_uniform"]
-    at = fused._at("tile_sums")
+    at = _fused_args._at("tile_sums")
     assert int.from_bytes(large[at : at + 8], "little") == plan._scratch.data_ptr()
-    assert plan._scratch.numel() == fused.NUM_TILE_SUMS * 65
+    assert plan._scratch.numel() == _fused_args.NUM_TILE_SUMS * 65
     assert int.from_bytes(small[at : at + 8], "little") == 0
 
 
@@ -291,10 +291,10 @@ def test_rows_from_the_device_are_a_flag(fake_device):
     plan = plan_of(built)
     plan.launch(total_len=11)
     plan.launch()
-    at = fused._FLAGS_AT
+    at = _fused_args._FLAGS_AT
     (given, _), (bounded, _) = fake_device.launched
     flags = [int.from_bytes(args[at : at + 4], "little") for args in (given, bounded)]
-    assert flags[1] == flags[0] | fused.TOTAL_IS_CAPACITY
+    assert flags[1] == flags[0] | _fused_args.TOTAL_IS_CAPACITY
     assert flags[1] != flags[0]
     assert given[:at] + given[at + 4 :] == bounded[:at] + bounded[at + 4 :]
 

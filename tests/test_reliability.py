@@ -31,7 +31,7 @@ from benchmarks.reliability import (
 )
 from cases import BY_NAME
 from cases import CASES as SEED_CASES
-from cupy_nsa_meta import _module, fused
+from cupy_nsa_meta import _fused_args, _module
 from cupy_nsa_meta._status import FATAL
 from fused_cases import FUNCTIONS
 from fused_cases import random_cases as random_fused_cases
@@ -311,8 +311,8 @@ def test_the_named_cases_reach_every_kernel(num_sms, monkeypatch):
             launches = cpu_kernels.draft_extend_job(sanitized.SEED[name]).launches
         else:
             call = cpu_kernels.fused_call(sanitized.FUSED[name])
-            tile_sums = int(call.bs > fused.ONE_LAUNCH_MAX_BS)
-            launches = fused.pack(call, num_sms, status=1, tile_sums=tile_sums).launches
+            tile_sums = int(call.bs > _fused_args.ONE_LAUNCH_MAX_BS)
+            launches = _fused_args.pack(call, num_sms, status=1, tile_sums=tile_sums).launches
         kernels |= {kernel for kernel, _ in launches}
     assert kernels == set(sanitizer.all_kernels())
 
