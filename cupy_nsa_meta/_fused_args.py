@@ -198,7 +198,7 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
         out.paged_mqa_ctx_lens_2d,
         out.page_table_1_flattened,
     )
-    has_tables = shape.table_blocks > 0
+    has_tables = out[13:] != _NO_TABLES
     flags = SEQ_IS_INT64 if seq.dtype is torch.int64 else 0
     if extend is not None and extend.dtype is torch.int64:
         flags |= EXTEND_IS_INT64
@@ -277,6 +277,7 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
 
 
 _NO_ROW_OUTPUTS = (None,) * 9
+_NO_TABLES = (None,) * 3
 
 
 def _at(name: str) -> int:

@@ -8,6 +8,7 @@ import inspect
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 import cupy_nsa_meta
 from cases import POISON
 from cpu_kernels import fused_call
-from cupy_nsa_meta import _check, _fused_args, _launch, _module, fused
+from cupy_nsa_meta import _check, _fused_args, _known, _launch, _module, fused
 from cupy_nsa_meta._status import INT32_MAX
 from fused_cases import (
     BY_NAME,
@@ -562,6 +563,49 @@ def test_smaller_numbers_of_a_known_call_are_not_checked_again(op, fake_device, 
     FUNCTIONS[op](**numbers)
     assert fake_device.launched[-1] == quick
     assert quick != fake_device.launched[0]
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_device):
+    """A random walk over numbers, right and wrong ones, each beside a call that is not known."""
+    random = np.random.default_rng(7)
+    built = [
+        Built(BY_NAME[f"{op}_{name}"])
+        for name in ("basic_ps64", "basic_ps1", "basic_ps64_pages_only")
+        if f"{op}_{name}" in BY_NAME
+    ]
+
+    def launched(arguments):
+        before = len(fake_device.launched)
+        try:
+            FUNCTIONS[op](**arguments)
+        except (TypeError, ValueError) as error:
+            assert len(fake_device.launched) == before
+            return f"{type(error).__name__}: {error}"
+        assert len(fake_device.launched) == before + 1
+        return fake_device.launched[-1]
+
+    kinds = set()
+    for _ in range(400):
+        arguments = dict(built[random.integers(len(built))].arguments)
+        for name in ("bs", "total_len", "pad_to", "max_extend_len", "static_extend_len"):
+            if name not in arguments or random.integers(3) == 0:
+                continue
+            value = int(random.integers(-1, 8)) * int(random.integers(1, 4))
+            odd = (True, float(value), np.int64(value), None)
+            arguments[name] = odd[random.integers(4)] if random.integers(12) == 0 else value
+            if name == "static_extend_len":
+                arguments[name] = bool(value % 2)
+        if random.integers(8) == 0:
+            arguments["dsa_index_topk"] = int(random.integers(0, 5))
+        known = launched(arguments)
+        entries, fused._calls = fused._calls, _known.KnownCalls(fused.MAX_KNOWN)
+        new = launched(arguments)
+        fused._calls = entries
+        assert known == new
+        kinds.add(type(new))
+    assert kinds == {str, tuple}
+    assert fused._calls.entries
 
 
 def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
