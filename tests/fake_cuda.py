@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cupy_nsa_meta import _check, _known, _launch, _module, dispatch, draft_extend, fused
+from cupy_nsa_meta import _check, _fused_args, _known, _launch, _module, dispatch, draft_extend
 from cupy_nsa_meta._status import INT32_MAX, Status
 from fake_device import forget_calls, set_stream
 
@@ -201,7 +201,7 @@ class FakeCuda:
 
     def run(self, name: str, device: int, args: bytes) -> None:
         is_seed = name.startswith("draft_extend")
-        numbers = (draft_extend if is_seed else fused).ARGS.unpack_from(args)
+        numbers = (draft_extend if is_seed else _fused_args).ARGS.unpack_from(args)
         for pointer in numbers[: 9 if is_seed else 22]:
             for begin, end, owner in self.memory:
                 if begin <= pointer < end and owner != device:

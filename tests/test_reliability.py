@@ -36,7 +36,7 @@ from cupy_nsa_meta._status import FATAL
 from fused_cases import FUNCTIONS
 from fused_cases import random_cases as random_fused_cases
 
-CPU = Settings("cpu", 60, quick=True)
+CPU = Settings("cpu", 600, quick=True)
 
 
 def nothing(result):
