@@ -52,27 +52,31 @@ enum DraftExtendFlags : u32 {
   kQuads = 16,        // large capacity, both outputs on 16-byte boundaries
 };
 
-// Packed by cupy_nsa_meta/draft_extend.py, field by field in this order.
+// Packed by cupy_nsa_meta/draft_extend.py, field by field in this order: by first use in a small batch,
+// whose first loads need one line of constants. From sm_90 on they begin 16 bytes into a 64-byte line.
 struct DraftExtendArgs {
+  // Line 0: the first loads.
   const void* extend_seq_lens;
   const void* seq_lens;
-  int* out_seqlens_expanded;
-  int* out_nsa_cache_seqlens;
-  int* out_total;
-  u64* result;
-  u32* request_ends;  // [bs] scratch of the two-launch form: inclusive sums inside a tile
-  u32* tile_totals;   // [num_entries] scratch of the two-launch form: total of a tile, or a mark
-  u32* launch_count;  // [1] device memory or null: launches of a captured graph, the last one's epoch
   i64 extend_stride;
   i64 seq_stride;
   int bs;
-  int num_entries;         // ceil(bs / requests_per_entry), <= kMaxEntries
-  int requests_per_entry;  // kGroup; a multiple of kBlockThreads in the two-launch form
+  u32 flags;
+  u32* launch_count;  // [1] device memory or null: launches of a captured graph, the last one's epoch
+  // Line 1: the report and the rows.
+  int* out_seqlens_expanded;
+  int* out_nsa_cache_seqlens;
+  u64* result;
+  int* out_total;
   int max_rows;
   int topk;
-  u32 flags;
-  u32 epoch;            // of the launch where launch_count is null: 29 bits, not 0
-  u32 tiles_per_block;  // in quad mode; the grid covers max_rows
+  u32 epoch;               // of the launch where launch_count is null: 29 bits, not 0
+  u32 tiles_per_block;     // in quad mode; the grid covers max_rows
+  int num_entries;         // ceil(bs / requests_per_entry), <= kMaxEntries
+  int requests_per_entry;  // kGroup; a multiple of kBlockThreads in the two-launch form
+  u32* request_ends;       // [bs] scratch of the two-launch form: inclusive sums inside a tile
+  // Line 2.
+  u32* tile_totals;  // [num_entries] scratch of the two-launch form: total of a tile, or a mark
 };
 static_assert(sizeof(DraftExtendArgs) == 120, "cupy_nsa_meta/draft_extend.py packs 120 bytes");
 static_assert(kMaxEntries * kGroup == kOneLaunchMaxBs, "one launch serves this many requests");

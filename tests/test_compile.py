@@ -129,16 +129,18 @@ def test_the_constants_of_host_and_device_agree():
         "kTotalIsGiven": _check.TOTAL_IS_GIVEN,
     }.items():
         assert re.search(rf"\b{device_name} = {re.escape(str(value))}[,;]", text), device_name
-    assert f"sizeof(DraftExtendArgs) == {draft_extend.ARGS.size}," in text
 
 
-def test_the_fields_of_the_fused_kernels_agree():
-    text = _module.source("fused")
-    body = text.partition("struct FusedArgs {")[2].partition("};")[0]
+@pytest.mark.parametrize(
+    ("module", "struct"), [(draft_extend, "DraftExtendArgs"), (fused, "FusedArgs")]
+)
+def test_the_fields_of_host_and_device_agree(module, struct):
+    text = _module.source(module.__name__.rpartition(".")[2])
+    body = text.partition(f"struct {struct} {{")[2].partition("};")[0]
     types = {"int": "i", "u32": "I", "i64": "q"}
     declared = [
         (name, "Q" if "*" in kind else types[kind])
         for kind, name in re.findall(r"^  ([\w* ]+[*\w]) (\w+);", body, re.MULTILINE)
     ]
-    assert declared == list(fused._FORMATS.items())
-    assert f"sizeof(FusedArgs) == {fused.ARGS.size}," in text
+    assert declared == list(module._FORMATS.items())
+    assert f"sizeof({struct}) == {module.ARGS.size}," in text
