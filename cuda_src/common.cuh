@@ -29,6 +29,25 @@ constexpr i64 kInt32Min = -kInt32Max - 1;
 // not run costs a fetch of instructions: such code is laid out behind the rest.
 __device__ __forceinline__ bool unlikely(bool condition) { return __builtin_expect(condition, 0) != 0; }
 
+// The same value, made where this stands: while the first loads are under way, rather than behind
+// them where it is used. So the line of constants that it comes from is there by then.
+template <class T>
+__device__ __forceinline__ T* made_here(T* value) {
+#ifdef __CUDA_ARCH__
+  u64 global = __cvta_generic_to_global(value);  // or its accesses would be generic ones
+  asm volatile("" : "+l"(global));
+  value = static_cast<T*>(__cvta_global_to_generic(global));
+#endif
+  return value;
+}
+
+__device__ __forceinline__ u32 made_here(u32 value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 static_assert(kBlockThreads % kWarpThreads == 0, "a block is made of whole warps");
 static_assert(kBlockWarps <= kWarpThreads, "one warp scans the warp totals");
 
@@ -54,6 +73,26 @@ struct Length {
 
 __device__ __forceinline__ bool fits_int32(i64 v) { return v >= kInt32Min && v <= kInt32Max; }
 
+// The words of one length, as they are in memory: loaded first, looked at later.
+struct LengthWords {
+  const char* at;
+  bool is_int64;
+  int low = 0;
+  int second = 0;  // of an int64: the high word
+
+  __device__ __forceinline__ LengthWords(const void* lengths, u64 offset, bool is_int64)
+      : at(static_cast<const char*>(lengths) + offset), is_int64(is_int64) {}
+
+  // The condition is in each load: a branch around them would cost more.
+  __device__ __forceinline__ void load(bool exists) {
+    const int* const words = reinterpret_cast<const int*>(at);
+    if (exists) low = __ldg(words);
+    if (exists && is_int64) second = __ldg(words + 1);
+  }
+
+  __device__ __forceinline__ Length value() const { return {low, is_int64 ? second : low >> 31}; }
+};
+
 struct Lengths {
   const int* words;  // little-endian: an int64 is its low word, then its high word
   i64 stride;        // in elements
@@ -70,6 +109,11 @@ struct Lengths {
     const int low = __ldg(word);
     const int second = __ldg(word + (is_int64 ? 1 : 0));
     return {low, is_int64 ? second : low >> 31};
+  }
+
+  // The same by one product: idx < 2^29.
+  __device__ __forceinline__ LengthWords words_of(u32 idx) const {
+    return {words, static_cast<u64>(idx * 4 << (is_int64 ? 1 : 0)) * static_cast<u64>(stride), is_int64};
   }
 
   // Four lengths side by side fit in one or two 16-byte loads.

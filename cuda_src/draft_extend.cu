@@ -110,21 +110,24 @@ __device__ __forceinline__ Status batch_status(u32 total, const DraftExtendArgs&
 // The last warp of block 0 reports: the first one has rows to write meanwhile.
 __device__ __forceinline__ bool is_reporter() { return blockIdx.x == 0 && threadIdx.x == kBlockThreads - 1; }
 
-// The epoch of this launch, loaded before the lengths are waited for. A captured graph cannot be
+// The epoch of the previous launch, loaded before the lengths are waited for. A captured graph cannot be
 // given another one at each launch, so it counts its launches itself; they run one after another.
-__device__ __forceinline__ u32 launch_epoch(const DraftExtendArgs& args) {
+__device__ __forceinline__ u32 previous_epoch(const DraftExtendArgs& args) {
+  return args.launch_count != nullptr && is_reporter() ? *args.launch_count : 0;
+}
+
+// The epoch of this launch: args.epoch is not asked for before it is needed.
+__device__ __forceinline__ u32 launch_epoch(u32 previous, const DraftExtendArgs& args) {
   constexpr u32 kMaxEpoch = (1u << 29) - 1;
-  if (unlikely(args.launch_count != nullptr && is_reporter())) {
-    const u32 last = *args.launch_count;
-    return last >= kMaxEpoch ? 1 : last + 1;
-  }
-  return args.epoch;
+  if (args.launch_count == nullptr) return args.epoch;
+  return previous >= kMaxEpoch ? 1 : previous + 1;
 }
 
 // One 8-byte word, so that the host never sees half a result:
 // bits 0-31 total (-1 where it is not defined), 32-34 status, 35-63 epoch of the launch.
-__device__ __forceinline__ void report(u32 total, u32 epoch, const DraftExtendArgs& args) {
+__device__ __forceinline__ void report(u32 total, u32 previous, const DraftExtendArgs& args) {
   const u32 status = batch_status(total, args);
+  const u32 epoch = launch_epoch(previous, args);
   const u32 reported = total >= kMarked ? 0xffffffffu : total;
   if (args.result != nullptr) {
     const u64 word = reported | static_cast<u64>(status) << 32 | static_cast<u64>(epoch) << 35;
@@ -138,8 +141,8 @@ __device__ __forceinline__ void report(u32 total, u32 epoch, const DraftExtendAr
 }
 
 // Reports once per grid. Returns the number of rows to write.
-__device__ __forceinline__ u32 settle(u32 total, u32 epoch, const DraftExtendArgs& args) {
-  if (unlikely(is_reporter())) report(total, epoch, args);
+__device__ __forceinline__ u32 settle(u32 total, u32 previous, const DraftExtendArgs& args) {
+  if (unlikely(is_reporter())) report(total, previous, args);
   const u32 max_rows = static_cast<u32>(args.max_rows);
   if (total <= max_rows) return total;
   return total < kMarked && (args.flags & kTotalIsGiven) != 0 ? max_rows : 0;
@@ -194,11 +197,11 @@ struct Found {
 // Writes the rows of this block. find(row, first_entry) -> Found, for any row; right for rows below
 // T, where no entry before first_entry ends behind the row.
 template <bool kWithQuads, class Find>
-__device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 epoch,
+__device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 previous,
                                            const Find& find) {
   if constexpr (!kWithQuads) {
     // The report goes first: a host waits for it.
-    const u32 rows = settle(total, epoch, args);
+    const u32 rows = settle(total, previous, args);
     u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
     const int base = find(row, 0).base;
     if (row >= rows) return;
@@ -207,7 +210,7 @@ __device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 tota
 #pragma unroll 1
     for (row += step; unlikely(row < rows); row += step) store_row(args, row, find(row, 0).base);
   } else {
-    const u32 rows = settle(total, epoch, args);
+    const u32 rows = settle(total, previous, args);
     // One loop for both modes, so that the search is compiled once. A block has rows side by side, so
     // that its searches stay in a small part of a large batch.
     const bool quads = use_quads(args, rows);
@@ -253,12 +256,16 @@ __device__ __forceinline__ int find_lane(u32 end, u32 row, bool linear) {
 template <bool kWithQuads>
 __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& args) {
   const int lane = threadIdx.x % kWarpThreads;
-  Length extend = {0, 0}, seq = {0, 0};
-  if (lane < args.bs) {
-    seq = seq_lengths(args)[lane];
-    extend = extend_lengths(args)[lane];
-  }
-  const u32 epoch = launch_epoch(args);
+  // The loads lie in no branch, and nothing but them waits for a constant.
+  LengthWords extend_words = extend_lengths(args).words_of(lane);
+  LengthWords seq_words = seq_lengths(args).words_of(lane);
+  extend_words.at = made_here(extend_words.at);
+  seq_words.at = made_here(seq_words.at);
+  const bool exists = lane < args.bs;
+  extend_words.load(exists);
+  seq_words.load(exists);
+  const u32 previous = previous_epoch(args);
+  const Length extend = extend_words.value(), seq = seq_words.value();
   Marks marks;
   marks.check(extend, seq);
   const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), marks);
@@ -266,7 +273,7 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
   const bool linear = (args.flags & kLinearSearch) != 0;
   // The report goes first: a host waits for it. Whole warps stay in the loops, for the shuffles.
   const u32 total = warp_word(__shfl_sync(kFullWarp, end, kWarpThreads - 1), marks);
-  const u32 rows = settle(total, epoch, args);
+  const u32 rows = settle(total, previous, args);
   u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
   int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
 
@@ -333,7 +340,7 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
     load_four(seq, first, bs, seqs);
     load_four(extend, first, bs, extends);
   }
-  const u32 epoch = launch_epoch(args);
+  const u32 previous = previous_epoch(args);
   Marks marks;
   u32 mine = 0, all_sums = 0;
 #pragma unroll
@@ -353,7 +360,7 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
   }
   const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
   const BlockSums sums = block_sums(warp_word(warp_total, marks), shared.words);
-  write_rows<kWithQuads>(args, sums.total, epoch, [&](u32 row, int) -> Found {
+  write_rows<kWithQuads>(args, sums.total, previous, [&](u32 row, int) -> Found {
     // The ends of the warps are in registers: they leave the requests of one warp to search.
     int entry = 0;
     u32 begin = 0;
@@ -511,11 +518,11 @@ template <bool kTiled>
 __device__ __forceinline__ void draft_extend_large_body(const DraftExtendArgs& args) {
   __shared__ LargePrefix shared;
   const Marks marks = kTiled ? load_tiles(args, shared) : load_groups(args, shared);
-  const u32 epoch = launch_epoch(args);
+  const u32 previous = previous_epoch(args);
   __syncthreads();
   const u32 total = scan_entries(shared, args.num_entries, marks);
   __syncthreads();
-  write_rows<true>(args, total, epoch, [&](u32 row, int first_entry) -> Found {
+  write_rows<true>(args, total, previous, [&](u32 row, int first_entry) -> Found {
     return find_in_entries<kTiled>(args, shared, row, first_entry);
   });
 }
