@@ -219,6 +219,21 @@ __device__ __forceinline__ u64 warp_sum(u32 v) {
   return (static_cast<u64>(warp_sum_small(v >> 16)) << 16) + warp_sum_small(v & 0xffffu);
 }
 
+// The total of one request per lane, or its mark; the same in every lane. It needs no scan: lengths of
+// few bits have no sum outside int32.
+__device__ __forceinline__ u32 warp_total(Length extend, Length seq) {
+  constexpr int kFewBits = 26;
+  static_assert(kWarpThreads <= 1ll << (31 - kFewBits), "sums of a warp are below 2^31");
+  const u32 low = static_cast<u32>(extend.low);
+  const u32 sum = warp_sum_small(low);
+  Marks marks;
+  marks.check(extend, seq);
+  if (unlikely(__any_sync(kFullWarp, (marks.bad | low >> kFewBits) != 0))) {
+    return warp_word(warp_sum(low) > kInt32Max ? kMarkedOutside : sum, marks);
+  }
+  return sum;
+}
+
 struct alignas(16) WarpWords {
   u32 words[kBlockWarps];
 };

@@ -113,7 +113,8 @@ __device__ __forceinline__ bool is_reporter() { return blockIdx.x == 0 && thread
 // The epoch of the previous launch, loaded before the lengths are waited for. A captured graph cannot be
 // given another one at each launch, so it counts its launches itself; they run one after another.
 __device__ __forceinline__ u32 previous_epoch(const DraftExtendArgs& args) {
-  return args.launch_count != nullptr && is_reporter() ? *args.launch_count : 0;
+  const bool counts = static_cast<int>(args.launch_count != nullptr) & static_cast<int>(is_reporter());
+  return counts ? *args.launch_count : 0;
 }
 
 // The epoch of this launch: args.epoch is not asked for before it is needed.
@@ -140,12 +141,17 @@ __device__ __forceinline__ void report(u32 total, u32 previous, const DraftExten
   }
 }
 
-// Reports once per grid. Returns the number of rows to write.
-__device__ __forceinline__ u32 settle(u32 total, u32 previous, const DraftExtendArgs& args) {
-  if (unlikely(is_reporter())) report(total, previous, args);
+// The number of rows to write.
+__device__ __forceinline__ u32 rows_of(u32 total, const DraftExtendArgs& args) {
   const u32 max_rows = static_cast<u32>(args.max_rows);
   if (total <= max_rows) return total;
   return total < kMarked && (args.flags & kTotalIsGiven) != 0 ? max_rows : 0;
+}
+
+// Reports once per grid. Returns the number of rows to write.
+__device__ __forceinline__ u32 settle(u32 total, u32 previous, const DraftExtendArgs& args) {
+  if (unlikely(is_reporter())) report(total, previous, args);
+  return rows_of(total, args);
 }
 
 // ---- Rows ---------------------------------------------------------------------------------------
@@ -265,15 +271,19 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
   extend_words.load(exists);
   seq_words.load(exists);
   const u32 previous = previous_epoch(args);
+  const bool reports = __any_sync(kFullWarp, is_reporter());  // by a vote: a warp does not part here
   const Length extend = extend_words.value(), seq = seq_words.value();
-  Marks marks;
-  marks.check(extend, seq);
-  const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), marks);
+  // The report goes first, before the scan: a host waits for it. Other warps go on meanwhile.
+  if (unlikely(reports)) {
+    const u32 total = warp_total(extend, seq);
+    if (is_reporter()) report(total, previous, args);
+  }
+  Marks known;  // by the total
+  const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), known);
+  // Whole warps stay in the loops, for the shuffles.
+  const u32 rows = rows_of(warp_total(extend, seq), args);
   const int base = request_base(seq.low, end);
   const bool linear = (args.flags & kLinearSearch) != 0;
-  // The report goes first: a host waits for it. Whole warps stay in the loops, for the shuffles.
-  const u32 total = warp_word(__shfl_sync(kFullWarp, end, kWarpThreads - 1), marks);
-  const u32 rows = settle(total, previous, args);
   u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
   int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
 

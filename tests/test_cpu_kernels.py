@@ -144,9 +144,14 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
             id="no_clamp_at_zero",
         ),
         pytest.param(
-            "sum_wraps",
+            "sum_wraps_block",
             Patch("common.cuh", "bad |= all_sums >> 31;", "bad |= 0 & all_sums;"),
             id="sum_that_wraps",
+        ),
+        pytest.param(
+            "sum_wraps",
+            Patch("common.cuh", "warp_sum(low) > kInt32Max ? kMarkedOutside : sum", "sum"),
+            id="sum_of_a_warp_that_wraps",
         ),
         pytest.param(
             "over_capacity",
