@@ -100,12 +100,29 @@ __device__ __forceinline__ int request_base(int seq, u32 end) {
 
 // ---- Outcome ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ Status batch_status(u32 total, const DraftExtendArgs& args) {
-  if (total >= kMarked) return total == kMarkedNegative ? kNegativeExtend : kOutsideInt32;
-  const u32 max_rows = static_cast<u32>(args.max_rows);
-  if ((args.flags & kTotalIsGiven) != 0) return total == max_rows ? kOk : kTotalMismatch;
-  return total > max_rows ? kOverCapacity : kOk;
-}
+// What the total may be.
+struct Limits {
+  bool is_given;
+  u32 least;
+  u32 range;  // max_rows - least
+
+  __device__ __forceinline__ explicit Limits(const DraftExtendArgs& args)
+      : is_given((args.flags & kTotalIsGiven) != 0),
+        least(is_given ? static_cast<u32>(args.max_rows) : 0),
+        range(static_cast<u32>(args.max_rows) - least) {}
+
+  __device__ __forceinline__ Status status(u32 total) const {
+    if (total - least <= range) return kOk;  // a mark is above any max_rows
+    if (total >= kMarked) return total == kMarkedNegative ? kNegativeExtend : kOutsideInt32;
+    return is_given ? kTotalMismatch : kOverCapacity;
+  }
+
+  // How many rows to write.
+  __device__ __forceinline__ u32 rows(u32 total) const {
+    if (total <= least + range) return total;
+    return total < kMarked ? least : 0;
+  }
+};
 
 // The last warp of block 0 reports: the first one has rows to write meanwhile.
 __device__ __forceinline__ bool is_reporter() { return blockIdx.x == 0 && threadIdx.x == kBlockThreads - 1; }
@@ -126,8 +143,9 @@ __device__ __forceinline__ u32 launch_epoch(u32 previous, const DraftExtendArgs&
 
 // One 8-byte word, so that the host never sees half a result:
 // bits 0-31 total (-1 where it is not defined), 32-34 status, 35-63 epoch of the launch.
-__device__ __forceinline__ void report(u32 total, u32 previous, const DraftExtendArgs& args) {
-  const u32 status = batch_status(total, args);
+__device__ __forceinline__ void report(u32 total, const Limits& limits, u32 previous,
+                                       const DraftExtendArgs& args) {
+  const u32 status = limits.status(total);
   const u32 epoch = launch_epoch(previous, args);
   const u32 reported = total >= kMarked ? 0xffffffffu : total;
   if (args.result != nullptr) {
@@ -141,25 +159,24 @@ __device__ __forceinline__ void report(u32 total, u32 previous, const DraftExten
   }
 }
 
-// The number of rows to write.
-__device__ __forceinline__ u32 rows_of(u32 total, const DraftExtendArgs& args) {
-  const u32 max_rows = static_cast<u32>(args.max_rows);
-  if (total <= max_rows) return total;
-  return total < kMarked && (args.flags & kTotalIsGiven) != 0 ? max_rows : 0;
-}
-
 // Reports once per grid. Returns the number of rows to write.
 __device__ __forceinline__ u32 settle(u32 total, u32 previous, const DraftExtendArgs& args) {
-  if (unlikely(is_reporter())) report(total, previous, args);
-  return rows_of(total, args);
+  const Limits limits(args);
+  if (unlikely(is_reporter())) report(total, limits, previous, args);
+  return limits.rows(total);
 }
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void store_clamped(int* expanded_at, int* clamped_at, int tokens, int topk) {
+  const int expanded = max(tokens, 0);
+  *expanded_at = expanded;
+  *clamped_at = min(expanded, topk);
+}
+
 __device__ __forceinline__ void store_row(const DraftExtendArgs& args, u32 row, int base) {
-  const int expanded = max(base + static_cast<int>(row), 0);
-  args.out_seqlens_expanded[row] = expanded;
-  args.out_nsa_cache_seqlens[row] = min(expanded, args.topk);
+  store_clamped(args.out_seqlens_expanded + row, args.out_nsa_cache_seqlens + row,
+                base + static_cast<int>(row), args.topk);
 }
 
 // Four rows of one request.
@@ -272,26 +289,37 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
   seq_words.load(exists);
   const u32 previous = previous_epoch(args);
   const bool reports = __any_sync(kFullWarp, is_reporter());  // by a vote: a warp does not part here
+  const u32 row_step = made_here(gridDim.x * kBlockThreads);
+  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
+  // Made here, not behind a latency where they are used; so the next line of constants is there by then.
+  int* const expanded_at = made_here(args.out_seqlens_expanded + row);
+  int* const clamped_at = made_here(args.out_nsa_cache_seqlens + row);
+  Limits limits(args);
+  limits.least = made_here(limits.least);
+  limits.range = made_here(limits.range);
+  // Block 0 reports: these are what they were. A bare constant would be asked for where it is used.
+  DraftExtendArgs near = args;
+  near.result = made_here(args.result + blockIdx.x);
+  near.launch_count = made_here(args.launch_count + blockIdx.x);
+  near.epoch = made_here(args.epoch + blockIdx.x);
   const Length extend = extend_words.value(), seq = seq_words.value();
   // The report goes first, before the scan: a host waits for it. Other warps go on meanwhile.
   if (unlikely(reports)) {
     const u32 total = warp_total(extend, seq);
-    if (is_reporter()) report(total, previous, args);
+    if (is_reporter()) report(total, limits, previous, near);
   }
   Marks known;  // by the total
   const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), known);
   // Whole warps stay in the loops, for the shuffles.
-  const u32 rows = rows_of(warp_total(extend, seq), args);
+  const u32 rows = limits.rows(warp_total(extend, seq));
   const int base = request_base(seq.low, end);
   const bool linear = (args.flags & kLinearSearch) != 0;
-  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
   int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
 
   if (!kWithQuads || !use_quads(args, rows)) {
-    if (row < rows) store_row(args, row, row_base);
-    const u32 step = gridDim.x * kBlockThreads;
+    if (row < rows) store_clamped(expanded_at, clamped_at, row_base + static_cast<int>(row), args.topk);
 #pragma unroll 1
-    for (row += step; unlikely(row - lane < rows); row += step) {
+    for (row += row_step; unlikely(row - lane < rows); row += row_step) {
       row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
       if (row < rows) store_row(args, row, row_base);
     }

@@ -140,7 +140,7 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
         ),
         pytest.param(
             "padding_rows",
-            Patch("draft_extend.cu", "max(base + static_cast<int>(row), 0)", "base + static_cast<int>(row)"),
+            Patch("draft_extend.cu", "expanded = max(tokens, 0)", "expanded = tokens"),
             id="no_clamp_at_zero",
         ),
         pytest.param(
@@ -155,7 +155,7 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
         ),
         pytest.param(
             "over_capacity",
-            Patch("draft_extend.cu", "if (total <= max_rows) return total;", "return min(total, max_rows);"),
+            Patch("draft_extend.cu", "if (total <= least + range) return total;", "return min(total, least + range);"),
             id="no_capacity_check",
         ),
     ],
