@@ -213,6 +213,19 @@ __device__ __forceinline__ u32 warp_sum_small(u32 v) {
 #endif
 }
 
+// The OR over the lanes of a warp, in every lane.
+__device__ __forceinline__ u32 warp_or(u32 v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_or_sync(kFullWarp, v);  // one instruction
+#else
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    v |= __shfl_xor_sync(kFullWarp, v, distance);
+  }
+  return v;
+#endif
+}
+
 // Sum over the lanes of a warp, in every lane; exact for any values.
 __device__ __forceinline__ u64 warp_sum(u32 v) {
   // Two halves, so that no sum leaves 32 bits.

@@ -20,7 +20,7 @@
 // where each request ends without any traffic between blocks; then its threads search the requests
 // of their rows. How the sums are held depends on the number of requests:
 //
-//   draft_extend_warp    <= 32       in the registers of every warp: no barrier, search by shuffles
+//   draft_extend_warp    <= 32       in the registers of every warp: no barrier; ends counted by bits
 //   draft_extend_block   <= 256      one per thread, ends and bases in shared memory
 //   draft_extend_block4  <= 1,024    four per thread
 //   draft_extend_large   <= 16,384   ends of groups of four requests in shared memory
@@ -276,6 +276,17 @@ __device__ __forceinline__ int find_lane(u32 end, u32 row, bool linear) {
   return lane;
 }
 
+// The same in a few steps for the rows of a warp side by side, if no two requests end at one row other
+// than the last: a vote for the ends before these rows, a bit for each row where a request ends.
+__device__ __forceinline__ int count_ends(u32 end, u32 row) {
+  const u32 lane = threadIdx.x % kWarpThreads;
+  const u32 first_row = row - lane;
+  const u32 before = __ballot_sync(kFullWarp, end <= first_row);
+  const u32 ahead = end - first_row;
+  const u32 ends = warp_or(ahead - 1 < kWarpThreads - 1 ? 1u << ahead : 0);
+  return (__popc(before) + __popc(ends << (kWarpThreads - 1 - lane))) % kWarpThreads;
+}
+
 template <bool kWithQuads>
 __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& args) {
   const int lane = threadIdx.x % kWarpThreads;
@@ -314,13 +325,17 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
   const u32 rows = limits.rows(warp_total(extend, seq));
   const int base = request_base(seq.low, end);
   const bool linear = (args.flags & kLinearSearch) != 0;
-  int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
-
   if (!kWithQuads || !use_quads(args, rows)) {
-    if (row < rows) store_clamped(expanded_at, clamped_at, row_base + static_cast<int>(row), args.topk);
+    // Requests without query tokens do no harm where they are the last: rows end before them.
+    const u32 with_rows = __ballot_sync(kFullWarp, extend.low != 0);
+    if ((with_rows & (with_rows + 1)) == 0) {
+      const int tokens = __shfl_sync(kFullWarp, base, count_ends(end, row)) + static_cast<int>(row);
+      if (row < rows) store_clamped(expanded_at, clamped_at, tokens, args.topk);
+      row += row_step;
+    }
 #pragma unroll 1
-    for (row += row_step; unlikely(row - lane < rows); row += row_step) {
-      row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+    for (; unlikely(row - lane < rows); row += row_step) {
+      const int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
       if (row < rows) store_row(args, row, row_base);
     }
     return;
@@ -343,7 +358,7 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
 #pragma unroll 1
         for (int k = 0; k < kQuad; ++k) {
           row = first + k;
-          row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+          const int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
           if (!whole && row < range.end) store_row(args, row, row_base);
         }
       }

@@ -144,6 +144,11 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
             id="no_clamp_at_zero",
         ),
         pytest.param(
+            "total_given",
+            Patch("draft_extend.cu", "? 1u << ahead : 0", "? 2u << ahead : 0"),
+            id="end_of_a_request_one_row_late",
+        ),
+        pytest.param(
             "sum_wraps_block",
             Patch("common.cuh", "bad |= all_sums >> 31;", "bad |= 0 & all_sums;"),
             id="sum_that_wraps",
