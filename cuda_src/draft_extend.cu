@@ -394,11 +394,14 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
   const Lengths seq = seq_lengths(args);
   Length extends[kItems], seqs[kItems];
   if constexpr (kItems == 1) {
-    extends[0] = seqs[0] = {0, 0};
-    if (first < bs) {
-      seqs[0] = seq[first];
-      extends[0] = extend[first];
-    }
+    // As in draft_extend_warp.
+    LengthWords extend_words = extend.words_of(first), seq_words = seq.words_of(first);
+    extend_words.at = made_here(extend_words.at);
+    seq_words.at = made_here(seq_words.at);
+    extend_words.load(first < bs);
+    seq_words.load(first < bs);
+    extends[0] = extend_words.value();
+    seqs[0] = seq_words.value();
   } else {
     load_four(seq, first, bs, seqs);
     load_four(extend, first, bs, extends);
