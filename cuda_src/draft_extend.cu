@@ -392,6 +392,7 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
   const int first = threadIdx.x * kItems;  // consecutive requests of this thread
   const Lengths extend = extend_lengths(args);
   const Lengths seq = seq_lengths(args);
+  const u32 previous = previous_epoch(args);  // behind the lengths, its load waited for them
   Length extends[kItems], seqs[kItems];
   if constexpr (kItems == 1) {
     // As in draft_extend_warp.
@@ -406,7 +407,6 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
     load_four(seq, first, bs, seqs);
     load_four(extend, first, bs, extends);
   }
-  const u32 previous = previous_epoch(args);
   Marks marks;
   u32 mine = 0, all_sums = 0;
 #pragma unroll
