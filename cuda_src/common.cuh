@@ -29,6 +29,25 @@ constexpr i64 kInt32Min = -kInt32Max - 1;
 // not run costs a fetch of instructions: such code is laid out behind the rest.
 __device__ __forceinline__ bool unlikely(bool condition) { return __builtin_expect(condition, 0) != 0; }
 
+// The same value, made where this stands: while the first loads are under way, rather than behind
+// them where it is used. So the line of constants that it comes from is there by then.
+template <class T>
+__device__ __forceinline__ T* made_here(T* value) {
+#ifdef __CUDA_ARCH__
+  u64 global = __cvta_generic_to_global(value);  // or its accesses would be generic ones
+  asm volatile("" : "+l"(global));
+  value = static_cast<T*>(__cvta_global_to_generic(global));
+#endif
+  return value;
+}
+
+__device__ __forceinline__ u32 made_here(u32 value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 static_assert(kBlockThreads % kWarpThreads == 0, "a block is made of whole warps");
 static_assert(kBlockWarps <= kWarpThreads, "one warp scans the warp totals");
 
@@ -54,6 +73,26 @@ struct Length {
 
 __device__ __forceinline__ bool fits_int32(i64 v) { return v >= kInt32Min && v <= kInt32Max; }
 
+// The words of one length, as they are in memory: loaded first, looked at later.
+struct LengthWords {
+  const char* at;
+  bool is_int64;
+  int low = 0;
+  int second = 0;  // of an int64: the high word
+
+  __device__ __forceinline__ LengthWords(const void* lengths, u64 offset, bool is_int64)
+      : at(static_cast<const char*>(lengths) + offset), is_int64(is_int64) {}
+
+  // The condition is in each load: a branch around them would cost more.
+  __device__ __forceinline__ void load(bool exists) {
+    const int* const words = reinterpret_cast<const int*>(at);
+    if (exists) low = __ldg(words);
+    if (exists && is_int64) second = __ldg(words + 1);
+  }
+
+  __device__ __forceinline__ Length value() const { return {low, is_int64 ? second : low >> 31}; }
+};
+
 struct Lengths {
   const int* words;  // little-endian: an int64 is its low word, then its high word
   i64 stride;        // in elements
@@ -70,6 +109,11 @@ struct Lengths {
     const int low = __ldg(word);
     const int second = __ldg(word + (is_int64 ? 1 : 0));
     return {low, is_int64 ? second : low >> 31};
+  }
+
+  // The same by one product: idx < 2^29.
+  __device__ __forceinline__ LengthWords words_of(u32 idx) const {
+    return {words, static_cast<u64>(idx * 4 << (is_int64 ? 1 : 0)) * static_cast<u64>(stride), is_int64};
   }
 
   // Four lengths side by side fit in one or two 16-byte loads.
@@ -156,6 +200,19 @@ __device__ __forceinline__ u32 warp_inclusive_scan(u32 v, Marks& marks) {
   return v;
 }
 
+// The same of values below 2^kBits: votes that do not wait for each other, one for each bit.
+template <int kBits>
+__device__ __forceinline__ u32 warp_inclusive_scan_of_bits(u32 v) {
+  const u32 up_to_here = kFullWarp >> (kWarpThreads - 1 - threadIdx.x % kWarpThreads);
+  u32 sum = 0;
+#pragma unroll
+  for (int bit = 0; bit < kBits; ++bit) {
+    const u32 lanes = __ballot_sync(kFullWarp, (v & 1u << bit) != 0);
+    sum += static_cast<u32>(__popc(lanes & up_to_here)) << bit;
+  }
+  return sum;
+}
+
 // Sum over the lanes of a warp, in every lane, that fits 32 bits.
 __device__ __forceinline__ u32 warp_sum_small(u32 v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -169,10 +226,38 @@ __device__ __forceinline__ u32 warp_sum_small(u32 v) {
 #endif
 }
 
+// The OR over the lanes of a warp, in every lane.
+__device__ __forceinline__ u32 warp_or(u32 v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  return __reduce_or_sync(kFullWarp, v);  // one instruction
+#else
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    v |= __shfl_xor_sync(kFullWarp, v, distance);
+  }
+  return v;
+#endif
+}
+
 // Sum over the lanes of a warp, in every lane; exact for any values.
 __device__ __forceinline__ u64 warp_sum(u32 v) {
   // Two halves, so that no sum leaves 32 bits.
   return (static_cast<u64>(warp_sum_small(v >> 16)) << 16) + warp_sum_small(v & 0xffffu);
+}
+
+// The total of one request per lane, or its mark; the same in every lane. It needs no scan: lengths of
+// few bits have no sum outside int32.
+__device__ __forceinline__ u32 warp_total(Length extend, Length seq) {
+  constexpr int kFewBits = 26;
+  static_assert(kWarpThreads <= 1ll << (31 - kFewBits), "sums of a warp are below 2^31");
+  const u32 low = static_cast<u32>(extend.low);
+  const u32 sum = warp_sum_small(low);
+  Marks marks;
+  marks.check(extend, seq);
+  if (unlikely(__any_sync(kFullWarp, (marks.bad | low >> kFewBits) != 0))) {
+    return warp_word(warp_sum(low) > kInt32Max ? kMarkedOutside : sum, marks);
+  }
+  return sum;
 }
 
 struct alignas(16) WarpWords {

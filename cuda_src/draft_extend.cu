@@ -20,7 +20,7 @@
 // where each request ends without any traffic between blocks; then its threads search the requests
 // of their rows. How the sums are held depends on the number of requests:
 //
-//   draft_extend_warp    <= 32       in the registers of every warp: no barrier, search by shuffles
+//   draft_extend_warp    <= 32       in the registers of every warp: no barrier; ends counted by bits
 //   draft_extend_block   <= 256      one per thread, ends and bases in shared memory
 //   draft_extend_block4  <= 1,024    four per thread
 //   draft_extend_large   <= 16,384   ends of groups of four requests in shared memory
@@ -35,6 +35,7 @@
 namespace nsa {
 
 constexpr int kWarpMaxBs = 32;
+constexpr int kFewTokensBits = 4;  // of an extend length: sums in fewer steps
 constexpr int kMaxItems = 4;       // requests per thread of draft_extend_block4
 constexpr int kMaxEntries = 4096;  // sums held in shared memory by draft_extend_large and _tiled
 constexpr int kGroup = 4;          // requests per entry of draft_extend_large
@@ -52,27 +53,31 @@ enum DraftExtendFlags : u32 {
   kQuads = 16,        // large capacity, both outputs on 16-byte boundaries
 };
 
-// Packed by cupy_nsa_meta/draft_extend.py, field by field in this order.
+// Packed by cupy_nsa_meta/draft_extend.py, field by field in this order: by first use in a small batch,
+// whose first loads need one line of constants. From sm_90 on they begin 16 bytes into a 64-byte line.
 struct DraftExtendArgs {
+  // Line 0: the first loads.
   const void* extend_seq_lens;
   const void* seq_lens;
-  int* out_seqlens_expanded;
-  int* out_nsa_cache_seqlens;
-  int* out_total;
-  u64* result;
-  u32* request_ends;  // [bs] scratch of the two-launch form: inclusive sums inside a tile
-  u32* tile_totals;   // [num_entries] scratch of the two-launch form: total of a tile, or a mark
-  u32* launch_count;  // [1] device memory or null: launches of a captured graph, the last one's epoch
   i64 extend_stride;
   i64 seq_stride;
   int bs;
-  int num_entries;         // ceil(bs / requests_per_entry), <= kMaxEntries
-  int requests_per_entry;  // kGroup; a multiple of kBlockThreads in the two-launch form
+  u32 flags;
+  u32* launch_count;  // [1] device memory or null: launches of a captured graph, the last one's epoch
+  // Line 1: the report and the rows.
+  int* out_seqlens_expanded;
+  int* out_nsa_cache_seqlens;
+  u64* result;
+  int* out_total;
   int max_rows;
   int topk;
-  u32 flags;
-  u32 epoch;            // of the launch where launch_count is null: 29 bits, not 0
-  u32 tiles_per_block;  // in quad mode; the grid covers max_rows
+  u32 epoch;               // of the launch where launch_count is null: 29 bits, not 0
+  u32 tiles_per_block;     // in quad mode; the grid covers max_rows
+  int num_entries;         // ceil(bs / requests_per_entry), <= kMaxEntries
+  int requests_per_entry;  // kGroup; a multiple of kBlockThreads in the two-launch form
+  u32* request_ends;       // [bs] scratch of the two-launch form: inclusive sums inside a tile
+  // Line 2.
+  u32* tile_totals;  // [num_entries] scratch of the two-launch form: total of a tile, or a mark
 };
 static_assert(sizeof(DraftExtendArgs) == 120, "cupy_nsa_meta/draft_extend.py packs 120 bytes");
 static_assert(kMaxEntries * kGroup == kOneLaunchMaxBs, "one launch serves this many requests");
@@ -96,31 +101,53 @@ __device__ __forceinline__ int request_base(int seq, u32 end) {
 
 // ---- Outcome ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ Status batch_status(u32 total, const DraftExtendArgs& args) {
-  if (total >= kMarked) return total == kMarkedNegative ? kNegativeExtend : kOutsideInt32;
-  const u32 max_rows = static_cast<u32>(args.max_rows);
-  if ((args.flags & kTotalIsGiven) != 0) return total == max_rows ? kOk : kTotalMismatch;
-  return total > max_rows ? kOverCapacity : kOk;
-}
+// What the total may be.
+struct Limits {
+  bool is_given;
+  u32 least;
+  u32 range;  // max_rows - least
+
+  __device__ __forceinline__ explicit Limits(const DraftExtendArgs& args)
+      : is_given((args.flags & kTotalIsGiven) != 0),
+        least(is_given ? static_cast<u32>(args.max_rows) : 0),
+        range(static_cast<u32>(args.max_rows) - least) {}
+
+  __device__ __forceinline__ Status status(u32 total) const {
+    if (total - least <= range) return kOk;  // a mark is above any max_rows
+    if (total >= kMarked) return total == kMarkedNegative ? kNegativeExtend : kOutsideInt32;
+    return is_given ? kTotalMismatch : kOverCapacity;
+  }
+
+  // How many rows to write.
+  __device__ __forceinline__ u32 rows(u32 total) const {
+    if (total <= least + range) return total;
+    return total < kMarked ? least : 0;
+  }
+};
 
 // The last warp of block 0 reports: the first one has rows to write meanwhile.
 __device__ __forceinline__ bool is_reporter() { return blockIdx.x == 0 && threadIdx.x == kBlockThreads - 1; }
 
-// The epoch of this launch, loaded before the lengths are waited for. A captured graph cannot be
+// The epoch of the previous launch, loaded before the lengths are waited for. A captured graph cannot be
 // given another one at each launch, so it counts its launches itself; they run one after another.
-__device__ __forceinline__ u32 launch_epoch(const DraftExtendArgs& args) {
+__device__ __forceinline__ u32 previous_epoch(const DraftExtendArgs& args) {
+  const bool counts = static_cast<int>(args.launch_count != nullptr) & static_cast<int>(is_reporter());
+  return counts ? *args.launch_count : 0;
+}
+
+// The epoch of this launch: args.epoch is not asked for before it is needed.
+__device__ __forceinline__ u32 launch_epoch(u32 previous, const DraftExtendArgs& args) {
   constexpr u32 kMaxEpoch = (1u << 29) - 1;
-  if (unlikely(args.launch_count != nullptr && is_reporter())) {
-    const u32 last = *args.launch_count;
-    return last >= kMaxEpoch ? 1 : last + 1;
-  }
-  return args.epoch;
+  if (args.launch_count == nullptr) return args.epoch;
+  return previous >= kMaxEpoch ? 1 : previous + 1;
 }
 
 // One 8-byte word, so that the host never sees half a result:
 // bits 0-31 total (-1 where it is not defined), 32-34 status, 35-63 epoch of the launch.
-__device__ __forceinline__ void report(u32 total, u32 epoch, const DraftExtendArgs& args) {
-  const u32 status = batch_status(total, args);
+__device__ __forceinline__ void report(u32 total, const Limits& limits, u32 previous,
+                                       const DraftExtendArgs& args) {
+  const u32 status = limits.status(total);
+  const u32 epoch = launch_epoch(previous, args);
   const u32 reported = total >= kMarked ? 0xffffffffu : total;
   if (args.result != nullptr) {
     const u64 word = reported | static_cast<u64>(status) << 32 | static_cast<u64>(epoch) << 35;
@@ -134,19 +161,23 @@ __device__ __forceinline__ void report(u32 total, u32 epoch, const DraftExtendAr
 }
 
 // Reports once per grid. Returns the number of rows to write.
-__device__ __forceinline__ u32 settle(u32 total, u32 epoch, const DraftExtendArgs& args) {
-  if (unlikely(is_reporter())) report(total, epoch, args);
-  const u32 max_rows = static_cast<u32>(args.max_rows);
-  if (total <= max_rows) return total;
-  return total < kMarked && (args.flags & kTotalIsGiven) != 0 ? max_rows : 0;
+__device__ __forceinline__ u32 settle(u32 total, u32 previous, const DraftExtendArgs& args) {
+  const Limits limits(args);
+  if (unlikely(is_reporter())) report(total, limits, previous, args);
+  return limits.rows(total);
 }
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void store_clamped(int* expanded_at, int* clamped_at, int tokens, int topk) {
+  const int expanded = max(tokens, 0);
+  *expanded_at = expanded;
+  *clamped_at = min(expanded, topk);
+}
+
 __device__ __forceinline__ void store_row(const DraftExtendArgs& args, u32 row, int base) {
-  const int expanded = max(base + static_cast<int>(row), 0);
-  args.out_seqlens_expanded[row] = expanded;
-  args.out_nsa_cache_seqlens[row] = min(expanded, args.topk);
+  store_clamped(args.out_seqlens_expanded + row, args.out_nsa_cache_seqlens + row,
+                base + static_cast<int>(row), args.topk);
 }
 
 // Four rows of one request.
@@ -190,11 +221,11 @@ struct Found {
 // Writes the rows of this block. find(row, first_entry) -> Found, for any row; right for rows below
 // T, where no entry before first_entry ends behind the row.
 template <bool kWithQuads, class Find>
-__device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 epoch,
+__device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 previous,
                                            const Find& find) {
   if constexpr (!kWithQuads) {
     // The report goes first: a host waits for it.
-    const u32 rows = settle(total, epoch, args);
+    const u32 rows = settle(total, previous, args);
     u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
     const int base = find(row, 0).base;
     if (row >= rows) return;
@@ -203,7 +234,7 @@ __device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 tota
 #pragma unroll 1
     for (row += step; unlikely(row < rows); row += step) store_row(args, row, find(row, 0).base);
   } else {
-    const u32 rows = settle(total, epoch, args);
+    const u32 rows = settle(total, previous, args);
     // One loop for both modes, so that the search is compiled once. A block has rows side by side, so
     // that its searches stay in a small part of a large batch.
     const bool quads = use_quads(args, rows);
@@ -246,32 +277,75 @@ __device__ __forceinline__ int find_lane(u32 end, u32 row, bool linear) {
   return lane;
 }
 
+// The same in a few steps for the rows of a warp side by side, if no two requests end at one row other
+// than the last: a vote for the ends before these rows, a bit for each row where a request ends.
+__device__ __forceinline__ int count_ends(u32 end, u32 row) {
+  const u32 lane = threadIdx.x % kWarpThreads;
+  const u32 first_row = row - lane;
+  const u32 before = __ballot_sync(kFullWarp, end <= first_row);
+  const u32 ahead = end - first_row;
+  const u32 ends = warp_or(ahead - 1 < kWarpThreads - 1 ? 1u << ahead : 0);
+  return (__popc(before) + __popc(ends << (kWarpThreads - 1 - lane))) % kWarpThreads;
+}
+
 template <bool kWithQuads>
 __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& args) {
   const int lane = threadIdx.x % kWarpThreads;
-  Length extend = {0, 0}, seq = {0, 0};
-  if (lane < args.bs) {
-    seq = seq_lengths(args)[lane];
-    extend = extend_lengths(args)[lane];
+  // The loads lie in no branch, and nothing but them waits for a constant.
+  LengthWords extend_words = extend_lengths(args).words_of(lane);
+  LengthWords seq_words = seq_lengths(args).words_of(lane);
+  extend_words.at = made_here(extend_words.at);
+  seq_words.at = made_here(seq_words.at);
+  const bool exists = lane < args.bs;
+  extend_words.load(exists);
+  seq_words.load(exists);
+  const u32 previous = previous_epoch(args);
+  const bool reports = __any_sync(kFullWarp, is_reporter());  // by a vote: a warp does not part here
+  const u32 row_step = made_here(gridDim.x * kBlockThreads);
+  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
+  // Made here, not behind a latency where they are used; so the next line of constants is there by then.
+  int* const expanded_at = made_here(args.out_seqlens_expanded + row);
+  int* const clamped_at = made_here(args.out_nsa_cache_seqlens + row);
+  Limits limits(args);
+  limits.least = made_here(limits.least);
+  limits.range = made_here(limits.range);
+  // Block 0 reports: these are what they were. A bare constant would be asked for where it is used.
+  DraftExtendArgs near = args;
+  near.result = made_here(args.result + blockIdx.x);
+  near.launch_count = made_here(args.launch_count + blockIdx.x);
+  near.epoch = made_here(args.epoch + blockIdx.x);
+  const Length extend = extend_words.value(), seq = seq_words.value();
+  // The report goes first, before the scan: a host waits for it. Other warps go on meanwhile.
+  if (unlikely(reports)) {
+    const u32 total = warp_total(extend, seq);
+    if (is_reporter()) report(total, limits, previous, near);
   }
-  const u32 epoch = launch_epoch(args);
+  // Requests without query tokens do no harm where they are the last: rows end before them.
+  const u32 with_rows = __ballot_sync(kFullWarp, extend.low != 0);
+  const bool ends_differ = (with_rows & (with_rows + 1)) == 0;
+  // Speculative steps have few query tokens.
+  u32 end = static_cast<u32>(extend.low), total = 0;
   Marks marks;
   marks.check(extend, seq);
-  const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), marks);
+  if (unlikely(__any_sync(kFullWarp, (marks.bad | end >> kFewTokensBits) != 0))) {
+    end = warp_inclusive_scan(end, marks);
+    total = warp_total(extend, seq);
+  } else {
+    total = warp_sum_small(end);
+    end = warp_inclusive_scan_of_bits<kFewTokensBits>(end);
+  }
+  const u32 rows = limits.rows(total);
   const int base = request_base(seq.low, end);
   const bool linear = (args.flags & kLinearSearch) != 0;
-  // The report goes first: a host waits for it. Whole warps stay in the loops, for the shuffles.
-  const u32 total = warp_word(__shfl_sync(kFullWarp, end, kWarpThreads - 1), marks);
-  const u32 rows = settle(total, epoch, args);
-  u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
-  int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
-
   if (!kWithQuads || !use_quads(args, rows)) {
-    if (row < rows) store_row(args, row, row_base);
-    const u32 step = gridDim.x * kBlockThreads;
+    if (ends_differ) {
+      const int tokens = __shfl_sync(kFullWarp, base, count_ends(end, row)) + static_cast<int>(row);
+      if (row < rows) store_clamped(expanded_at, clamped_at, tokens, args.topk);
+      row += row_step;
+    }
 #pragma unroll 1
-    for (row += step; unlikely(row - lane < rows); row += step) {
-      row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+    for (; unlikely(row - lane < rows); row += row_step) {
+      const int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
       if (row < rows) store_row(args, row, row_base);
     }
     return;
@@ -294,7 +368,7 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
 #pragma unroll 1
         for (int k = 0; k < kQuad; ++k) {
           row = first + k;
-          row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
+          const int row_base = __shfl_sync(kFullWarp, base, find_lane(end, row, linear));
           if (!whole && row < range.end) store_row(args, row, row_base);
         }
       }
@@ -318,18 +392,21 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
   const int first = threadIdx.x * kItems;  // consecutive requests of this thread
   const Lengths extend = extend_lengths(args);
   const Lengths seq = seq_lengths(args);
+  const u32 previous = previous_epoch(args);  // behind the lengths, its load waited for them
   Length extends[kItems], seqs[kItems];
   if constexpr (kItems == 1) {
-    extends[0] = seqs[0] = {0, 0};
-    if (first < bs) {
-      seqs[0] = seq[first];
-      extends[0] = extend[first];
-    }
+    // As in draft_extend_warp.
+    LengthWords extend_words = extend.words_of(first), seq_words = seq.words_of(first);
+    extend_words.at = made_here(extend_words.at);
+    seq_words.at = made_here(seq_words.at);
+    extend_words.load(first < bs);
+    seq_words.load(first < bs);
+    extends[0] = extend_words.value();
+    seqs[0] = seq_words.value();
   } else {
     load_four(seq, first, bs, seqs);
     load_four(extend, first, bs, extends);
   }
-  const u32 epoch = launch_epoch(args);
   Marks marks;
   u32 mine = 0, all_sums = 0;
 #pragma unroll
@@ -349,7 +426,7 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
   }
   const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
   const BlockSums sums = block_sums(warp_word(warp_total, marks), shared.words);
-  write_rows<kWithQuads>(args, sums.total, epoch, [&](u32 row, int) -> Found {
+  write_rows<kWithQuads>(args, sums.total, previous, [&](u32 row, int) -> Found {
     // The ends of the warps are in registers: they leave the requests of one warp to search.
     int entry = 0;
     u32 begin = 0;
@@ -507,11 +584,11 @@ template <bool kTiled>
 __device__ __forceinline__ void draft_extend_large_body(const DraftExtendArgs& args) {
   __shared__ LargePrefix shared;
   const Marks marks = kTiled ? load_tiles(args, shared) : load_groups(args, shared);
-  const u32 epoch = launch_epoch(args);
+  const u32 previous = previous_epoch(args);
   __syncthreads();
   const u32 total = scan_entries(shared, args.num_entries, marks);
   __syncthreads();
-  write_rows<true>(args, total, epoch, [&](u32 row, int first_entry) -> Found {
+  write_rows<true>(args, total, previous, [&](u32 row, int first_entry) -> Found {
     return find_in_entries<kTiled>(args, shared, row, first_entry);
   });
 }

@@ -401,25 +401,6 @@ __device__ __forceinline__ DirectLength direct_pool_index(const FusedArgs& args,
   return {args.req_pool_indices, idx, args.pool_step, (args.flags & kFusedPoolIsInt64) != 0};
 }
 
-// The same value, made where this stands: while the first loads are under way, rather than behind
-// them where it is used. So the line of constants that it comes from is there by then.
-template <class T>
-__device__ __forceinline__ T* made_here(T* value) {
-#ifdef __CUDA_ARCH__
-  u64 global = __cvta_generic_to_global(value);  // or its accesses would be generic ones
-  asm volatile("" : "+l"(global));
-  value = static_cast<T*>(__cvta_global_to_generic(global));
-#endif
-  return value;
-}
-
-__device__ __forceinline__ u32 made_here(u32 value) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
 // kUniform: every request has uniform_q query tokens, and there are no extend lengths.
 template <bool kUniform>
 __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {

@@ -21,8 +21,21 @@ from ._graphs import CapturedLaunch, thread
 from ._launch import current_raw_stream
 from ._status import INT32_MAX, draft_extend_error
 
-#: ``struct DraftExtendArgs``: 9 pointers, 2 strides, 5 ints, flags, epoch, tiles per block.
-ARGS = struct.Struct("<9Q2q5i3I")
+#: ``struct DraftExtendArgs``, in its order.
+FIELDS = (
+    ("Q", "extend_seq_lens seq_lens"),
+    ("q", "extend_stride seq_stride"),
+    ("i", "bs"),
+    ("I", "flags"),
+    ("Q", "launch_count out_seqlens_expanded out_nsa_cache_seqlens result out_total"),
+    ("i", "max_rows topk"),
+    ("I", "epoch tiles_per_block"),
+    ("i", "num_entries requests_per_entry"),
+    ("Q", "request_ends tile_totals"),
+)
+_FORMATS = {name: format for format, names in FIELDS for name in names.split()}
+ARGS = struct.Struct("<" + "".join(_FORMATS.values()))
+assert ARGS.size == 120
 assert ARGS.size <= _launch.ARGS_BYTES
 
 BLOCK_THREADS = _launch.BLOCK_THREADS
@@ -141,23 +154,23 @@ def pack(
         0,
         extend_ptr,
         seq_ptr,
-        expanded_ptr,
-        clamped_ptr,
-        out_total,
-        result,
-        scratch,
-        scratch and scratch + 4 * bs,
-        launch_count,
         extend_stride,
         seq_stride,
         bs,
-        num_entries,
-        requests_per_entry,
+        flags | shape_flags,
+        launch_count,
+        expanded_ptr,
+        clamped_ptr,
+        result,
+        out_total,
         limit,
         topk,
-        flags | shape_flags,
         epoch,
         tiles_per_block,
+        num_entries,
+        requests_per_entry,
+        scratch,
+        scratch and scratch + 4 * bs,
     )
 
 

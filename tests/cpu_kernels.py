@@ -183,13 +183,26 @@ def _draft_extend_job(case: Case, use_adaptive: bool, counted: bool) -> Job:
         Buffer(b"\x55" * (4 * (case.bs + shape.num_entries) if two_launches else 0)),
         Buffer((EPOCH - 1).to_bytes(4, "little")),
     ]
-    fields = [EXTEND, SEQ, EXPANDED, CLAMPED, OUT_TOTAL, RESULT]
-    pointers = [(8 * field, field, 0) for field in fields]
+    fields = {
+        "extend_seq_lens": (EXTEND, 0),
+        "seq_lens": (SEQ, 0),
+        "out_seqlens_expanded": (EXPANDED, 0),
+        "out_nsa_cache_seqlens": (CLAMPED, 0),
+        "out_total": (OUT_TOTAL, 0),
+        "result": (RESULT, 0),
+    }
     if two_launches:
-        pointers += [(48, SCRATCH, 0), (56, SCRATCH, 4 * case.bs)]
+        fields |= {"request_ends": (SCRATCH, 0), "tile_totals": (SCRATCH, 4 * case.bs)}
     if counted:
-        pointers.append((64, COUNT, 0))
+        fields["launch_count"] = (COUNT, 0)
+    pointers = [(_at(draft_extend._FORMATS, name), *place) for name, place in fields.items()]
     return Job(buffers, bytes(args), pointers, shape.launches)
+
+
+def _at(formats: dict[str, str], name: str) -> int:
+    """Offset of a field of an argument struct."""
+    before = list(formats).index(name)
+    return struct.calcsize("<" + "".join([*formats.values()][:before]))
 
 
 def _storage(tensor: torch.Tensor) -> bytes:

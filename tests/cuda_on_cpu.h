@@ -144,6 +144,19 @@ inline bool __any_sync(unsigned, bool predicate) {
   return any;
 }
 
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  cuda_on_cpu::Warp& warp = cuda_on_cpu::warps[threadIdx.x / cuda_on_cpu::kWarp];
+  warp.slots[threadIdx.x % cuda_on_cpu::kWarp] = predicate;
+  warp.barrier.arrive_and_wait();
+  unsigned lanes = 0;
+  for (int lane = 0; lane < cuda_on_cpu::kWarp; ++lane) {
+    lanes |= static_cast<unsigned>(warp.slots[lane]) << lane;
+  }
+  warp.barrier.arrive_and_wait();
+  return lanes;
+}
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
+
 template <class T>
 inline T __shfl_up_sync(unsigned, T value, int distance) {
   const int lane = threadIdx.x % cuda_on_cpu::kWarp;

@@ -201,8 +201,10 @@ class FakeCuda:
 
     def run(self, name: str, device: int, args: bytes) -> None:
         is_seed = name.startswith("draft_extend")
-        numbers = (draft_extend if is_seed else _fused_args).ARGS.unpack_from(args)
-        for pointer in numbers[: 9 if is_seed else 22]:
+        module = draft_extend if is_seed else _fused_args
+        numbers = module.ARGS.unpack_from(args)
+        formats = module._FORMATS.values()
+        for pointer in (n for n, format in zip(numbers, formats, strict=True) if format == "Q"):
             for begin, end, owner in self.memory:
                 if begin <= pointer < end and owner != device:
                     raise FakeRuntimeError(f"cudaErrorIllegalAddress: {name} reads cuda:{owner}")
@@ -211,8 +213,8 @@ class FakeCuda:
 
     @staticmethod
     def _expand(numbers: tuple[int, ...]) -> None:
-        extend_ptr, seq_ptr, expanded, clamped, out_total, result, _, _, count = numbers[:9]
-        extend_stride, seq_stride, bs, _, _, limit, topk, flags, epoch, _ = numbers[9:]
+        extend_ptr, seq_ptr, extend_stride, seq_stride, bs, flags, count = numbers[:7]
+        expanded, clamped, result, out_total, limit, topk, epoch, *_ = numbers[7:]
 
         def read(pointer: int, stride: int, is_int64: int) -> list[int]:
             kind = ctypes.c_int64 if is_int64 else ctypes.c_int32

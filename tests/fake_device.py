@@ -146,8 +146,8 @@ class FakeState(_launch.DeviceState):
 
     def _draft_extend(self, arguments: bytes) -> None:
         (
-            extend_ptr, seq_ptr, expanded_ptr, clamped_ptr, out_total_ptr, result_ptr, _, _, count_ptr,
-            extend_stride, seq_stride, bs, _, _, max_rows, topk, flags, epoch, _,
+            extend_ptr, seq_ptr, extend_stride, seq_stride, bs, flags, count_ptr, expanded_ptr,
+            clamped_ptr, result_ptr, out_total_ptr, max_rows, topk, epoch, *_,
         ) = draft_extend.ARGS.unpack_from(arguments)  # fmt: skip
         extend = _array(extend_ptr, bs, extend_stride, flags & _check.EXTEND_IS_INT64)
         seq = _array(seq_ptr, bs, seq_stride, flags & _check.SEQ_IS_INT64)

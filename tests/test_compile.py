@@ -129,16 +129,19 @@ def test_the_constants_of_host_and_device_agree():
         "kTotalIsGiven": _check.TOTAL_IS_GIVEN,
     }.items():
         assert re.search(rf"\b{device_name} = {re.escape(str(value))}[,;]", text), device_name
-    assert f"sizeof(DraftExtendArgs) == {draft_extend.ARGS.size}," in text
 
 
-def test_the_fields_of_the_fused_kernels_agree():
-    text = _module.source("fused")
-    body = text.partition("struct FusedArgs {")[2].partition("};")[0]
+@pytest.mark.parametrize(
+    ("stem", "struct", "module"),
+    [("draft_extend", "DraftExtendArgs", draft_extend), ("fused", "FusedArgs", _fused_args)],
+)
+def test_the_fields_of_host_and_device_agree(stem, struct, module):
+    text = _module.source(stem)
+    body = text.partition(f"struct {struct} {{")[2].partition("};")[0]
     types = {"int": "i", "u32": "I", "i64": "q"}
     declared = [
         (name, "Q" if "*" in kind else types[kind])
         for kind, name in re.findall(r"^  ([\w* ]+[*\w]) (\w+);", body, re.MULTILINE)
     ]
-    assert declared == list(_fused_args._FORMATS.items())
-    assert f"sizeof(FusedArgs) == {_fused_args.ARGS.size}," in text
+    assert declared == list(module._FORMATS.items())
+    assert f"sizeof({struct}) == {module.ARGS.size}," in text

@@ -69,8 +69,9 @@ def test_device_data_that_points_nowhere_writes_nothing():
     case = BY_NAME["total_given"]
     job = cpu_kernels.draft_extend_job(case)
     args = bytearray(job.args)
-    args[8 * cpu_kernels.OUT_TOTAL : 8 * cpu_kernels.RESULT + 8] = bytes(16)
     kept = [p for p in job.pointers if p[1] not in (cpu_kernels.OUT_TOTAL, cpu_kernels.RESULT)]
+    for at, *_ in set(job.pointers) - set(kept):
+        args[at : at + 8] = bytes(8)
     job = dataclasses.replace(job, args=bytes(args), pointers=kept)
     (buffers,) = cpu_kernels.run(cpu_kernels.build("address", stem="draft_extend"), [job])
     assert buffers[cpu_kernels.OUT_TOTAL] == buffers[cpu_kernels.RESULT] == b"\x55" * 8
@@ -117,7 +118,7 @@ def test_device_data_that_points_nowhere_writes_nothing():
         pytest.param(
             "address",
             "bs_17",
-            Patch("draft_extend.cu", "if (lane < args.bs) {", "if (lane <= args.bs) {"),
+            Patch("draft_extend.cu", "exists = lane < args.bs;", "exists = lane <= args.bs;"),
             "heap-buffer-overflow",
             id="load_past_the_end",
         ),
@@ -139,17 +140,27 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
         ),
         pytest.param(
             "padding_rows",
-            Patch("draft_extend.cu", "max(base + static_cast<int>(row), 0)", "base + static_cast<int>(row)"),
+            Patch("draft_extend.cu", "expanded = max(tokens, 0)", "expanded = tokens"),
             id="no_clamp_at_zero",
         ),
         pytest.param(
-            "sum_wraps",
+            "total_given",
+            Patch("draft_extend.cu", "? 1u << ahead : 0", "? 2u << ahead : 0"),
+            id="end_of_a_request_one_row_late",
+        ),
+        pytest.param(
+            "sum_wraps_block",
             Patch("common.cuh", "bad |= all_sums >> 31;", "bad |= 0 & all_sums;"),
             id="sum_that_wraps",
         ),
         pytest.param(
+            "sum_wraps",
+            Patch("common.cuh", "warp_sum(low) > kInt32Max ? kMarkedOutside : sum", "sum"),
+            id="sum_of_a_warp_that_wraps",
+        ),
+        pytest.param(
             "over_capacity",
-            Patch("draft_extend.cu", "if (total <= max_rows) return total;", "return min(total, max_rows);"),
+            Patch("draft_extend.cu", "if (total <= least + range) return total;", "return min(total, least + range);"),
             id="no_capacity_check",
         ),
     ],

@@ -69,8 +69,8 @@ PLANTED = {
         "Invalid __global__ write",
         Patch(
             "draft_extend.cu",
-            "args.out_seqlens_expanded[row] = expanded;",
-            "args.out_seqlens_expanded[row + 1] = expanded;",
+            "*expanded_at = expanded;",
+            "expanded_at[1] = expanded;",
         ),
     ),
     "racecheck": Planted(
