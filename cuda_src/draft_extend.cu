@@ -320,9 +320,6 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
     const u32 total = warp_total(extend, seq);
     if (is_reporter()) report(total, limits, previous, near);
   }
-  // Requests without query tokens do no harm where they are the last: rows end before them.
-  const u32 with_rows = __ballot_sync(kFullWarp, extend.low != 0);
-  const bool ends_differ = (with_rows & (with_rows + 1)) == 0;
   // Speculative steps have few query tokens.
   u32 end = static_cast<u32>(extend.low), total = 0;
   Marks marks;
@@ -338,7 +335,9 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
   const int base = request_base(seq.low, end);
   const bool linear = (args.flags & kLinearSearch) != 0;
   if (!kWithQuads || !use_quads(args, rows)) {
-    if (ends_differ) {
+    // Requests without query tokens do no harm where they are the last: rows end before them.
+    const u32 with_rows = __ballot_sync(kFullWarp, extend.low != 0);
+    if ((with_rows & (with_rows + 1)) == 0) {
       const int tokens = __shfl_sync(kFullWarp, base, count_ends(end, row)) + static_cast<int>(row);
       if (row < rows) store_clamped(expanded_at, clamped_at, tokens, args.topk);
       row += row_step;
