@@ -200,19 +200,6 @@ __device__ __forceinline__ u32 warp_inclusive_scan(u32 v, Marks& marks) {
   return v;
 }
 
-// The same of values below 2^kBits: votes that do not wait for each other, one for each bit.
-template <int kBits>
-__device__ __forceinline__ u32 warp_inclusive_scan_of_bits(u32 v) {
-  const u32 up_to_here = kFullWarp >> (kWarpThreads - 1 - threadIdx.x % kWarpThreads);
-  u32 sum = 0;
-#pragma unroll
-  for (int bit = 0; bit < kBits; ++bit) {
-    const u32 lanes = __ballot_sync(kFullWarp, (v & 1u << bit) != 0);
-    sum += static_cast<u32>(__popc(lanes & up_to_here)) << bit;
-  }
-  return sum;
-}
-
 // Sum over the lanes of a warp, in every lane, that fits 32 bits.
 __device__ __forceinline__ u32 warp_sum_small(u32 v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

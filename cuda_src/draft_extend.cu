@@ -35,7 +35,6 @@
 namespace nsa {
 
 constexpr int kWarpMaxBs = 32;
-constexpr int kFewTokensBits = 4;  // of an extend length: sums in fewer steps
 constexpr int kMaxItems = 4;       // requests per thread of draft_extend_block4
 constexpr int kMaxEntries = 4096;  // sums held in shared memory by draft_extend_large and _tiled
 constexpr int kGroup = 4;          // requests per entry of draft_extend_large
@@ -320,18 +319,10 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
     const u32 total = warp_total(extend, seq);
     if (is_reporter()) report(total, limits, previous, near);
   }
-  // Speculative steps have few query tokens.
-  u32 end = static_cast<u32>(extend.low), total = 0;
-  Marks marks;
-  marks.check(extend, seq);
-  if (unlikely(__any_sync(kFullWarp, (marks.bad | end >> kFewTokensBits) != 0))) {
-    end = warp_inclusive_scan(end, marks);
-    total = warp_total(extend, seq);
-  } else {
-    total = warp_sum_small(end);
-    end = warp_inclusive_scan_of_bits<kFewTokensBits>(end);
-  }
-  const u32 rows = limits.rows(total);
+  Marks known;  // by the total
+  const u32 end = warp_inclusive_scan(static_cast<u32>(extend.low), known);
+  // Whole warps stay in the loops, for the shuffles.
+  const u32 rows = limits.rows(warp_total(extend, seq));
   const int base = request_base(seq.low, end);
   const bool linear = (args.flags & kLinearSearch) != 0;
   if (!kWithQuads || !use_quads(args, rows)) {
