@@ -5,7 +5,6 @@ What depends on tensors is packed once, into a ``Template``; the numbers of a ca
 
 from __future__ import annotations
 
-import struct
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +14,8 @@ from ._check import FusedCall
 from ._launch import PackedLaunch
 from ._status import INT32_MAX
 
-#: ``struct FusedArgs`` of fused.cu, in its order: format characters of ``struct``, names.
-FIELDS = (
+#: ``struct FusedArgs`` of fused.cu.
+LAYOUT = _launch.Layout(
     ("Q", "seq_lens req_pool_indices"),
     ("i", "bs uniform_q"),
     ("I", "flags"),
@@ -39,10 +38,8 @@ FIELDS = (
     ("Q", "page_table_1_flattened"),
     ("q", "flattened_size seq_stride extend_stride pool_stride"),
 )
-_FORMATS = {name: format for format, names in FIELDS for name in names.split()}
-ARGS = struct.Struct("<" + "".join(_FORMATS.values()))
+ARGS = LAYOUT.struct
 assert ARGS.size == 328
-assert ARGS.size <= _launch.ARGS_BYTES
 
 REQUESTS_PER_TILE = _launch.BLOCK_THREADS  # kRequestsPerTile
 VECTOR_COLUMNS = 4  # kVectorColumns
@@ -280,28 +277,16 @@ _NO_ROW_OUTPUTS = (None,) * 9
 _NO_TABLES = (None,) * 3
 
 
-def _at(name: str) -> int:
-    """Offset of a field of ``ARGS``."""
-    before = list(_FORMATS).index(name)
-    return struct.calcsize("<" + "".join([*_FORMATS.values()][:before]))
-
-
-def _run_of(names: str) -> tuple[struct.Struct, int]:
-    """Packer and offset of fields that follow each other in ``ARGS``."""
-    wanted = names.split()
-    begin = list(_FORMATS).index(wanted[0])
-    assert list(_FORMATS)[begin : begin + len(wanted)] == wanted
-    return struct.Struct("<" + "".join(map(_FORMATS.__getitem__, wanted))), _at(wanted[0])
-
-
 # The fields of ``ARGS`` that differ between calls on the same tensors.
-STATUS_AT = _at("status")
-_FRONT, _FRONT_AT = _run_of("bs uniform_q flags page_1_blocks real_page_blocks blocks_inverse")
-_ITEMS, _ITEMS_AT = _run_of("table_items total_len")
-_TILES, _TILES_AT = _run_of("tile_sums pad_to num_tiles row_parts flattened_blocks")
-_FLAGS, _FLAGS_AT = _run_of("flags")
-_TOTAL_LEN, _TOTAL_LEN_AT = _run_of("total_len")
-_PAD_TO, _PAD_TO_AT = _run_of("pad_to")
+STATUS_AT = LAYOUT.at("status")
+_FRONT, _FRONT_AT = LAYOUT.run_of(
+    "bs uniform_q flags page_1_blocks real_page_blocks blocks_inverse"
+)
+_ITEMS, _ITEMS_AT = LAYOUT.run_of("table_items total_len")
+_TILES, _TILES_AT = LAYOUT.run_of("tile_sums pad_to num_tiles row_parts flattened_blocks")
+_FLAGS, _FLAGS_AT = LAYOUT.run_of("flags")
+_TOTAL_LEN, _TOTAL_LEN_AT = LAYOUT.run_of("total_len")
+_PAD_TO, _PAD_TO_AT = LAYOUT.run_of("pad_to")
 
 
 def _inverse(divisor: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -42,6 +43,29 @@ INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 #: Raw handle of torch's current stream of a device; absent from CPU builds of torch.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # type: ignore[assignment]
+
+
+class Layout:
+    """The fields of an argument struct, in its order: format characters of ``struct``, and names."""
+
+    def __init__(self, *fields: tuple[str, str]) -> None:
+        self.formats = {name: format for format, names in fields for name in names.split()}
+        self.struct = struct.Struct("<" + "".join(self.formats.values()))
+        assert self.struct.size <= ARGS_BYTES
+
+    def at(self, name: str) -> int:
+        """Offset of a field."""
+        before = list(self.formats).index(name)
+        return struct.calcsize("<" + "".join([*self.formats.values()][:before]))
+
+    def run_of(self, names: str) -> tuple[struct.Struct, int]:
+        """Packer and offset of fields that follow each other."""
+        wanted = names.split()
+        begin = list(self.formats).index(wanted[0])
+        assert list(self.formats)[begin : begin + len(wanted)] == wanted
+        return struct.Struct("<" + "".join(map(self.formats.__getitem__, wanted))), self.at(
+            wanted[0]
+        )
 
 
 class Arguments:

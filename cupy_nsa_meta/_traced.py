@@ -6,6 +6,7 @@ Dynamo traces these few lines; what follows them in a public function reads poin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ _ops = torch.ops.nsa_meta
 #: Refused by the operators with an error that names ``total_tokens=``. It ends the tracing; an
 #: exception raised here would be taken for a graph break.
 NOT_GIVEN = -1
+
+
+def untraced(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what Dynamo must not look into, where a graph break has left it half traced."""
+    return torch._dynamo.disable(function)(*arguments)
 
 
 def fill(

@@ -5,7 +5,6 @@ Device twin: ``cuda_src/draft_extend.cu``. Specification: ``reference.draft_exte
 
 from __future__ import annotations
 
-import struct
 import weakref
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
@@ -21,8 +20,8 @@ from ._graphs import CapturedLaunch, thread
 from ._launch import current_raw_stream
 from ._status import INT32_MAX, draft_extend_error
 
-#: ``struct DraftExtendArgs``, in its order.
-FIELDS = (
+#: ``struct DraftExtendArgs`` of draft_extend.cu.
+LAYOUT = _launch.Layout(
     ("Q", "extend_seq_lens seq_lens"),
     ("q", "extend_stride seq_stride"),
     ("i", "bs"),
@@ -33,10 +32,8 @@ FIELDS = (
     ("i", "num_entries requests_per_entry"),
     ("Q", "request_ends tile_totals"),
 )
-_FORMATS = {name: format for format, names in FIELDS for name in names.split()}
-ARGS = struct.Struct("<" + "".join(_FORMATS.values()))
+ARGS = LAYOUT.struct
 assert ARGS.size == 120
-assert ARGS.size <= _launch.ARGS_BYTES
 
 BLOCK_THREADS = _launch.BLOCK_THREADS
 WARP_MAX_BS = 32  # kWarpMaxBs

@@ -12,8 +12,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
-from . import _check, _env, _fused_args, _launch, fused, reference_fused
+from . import _check, _env, _fused_args, _launch, _traced, fused, reference_fused
 from ._check import FusedCall, FusedOutputs
 from ._fused_args import Template
 from ._graphs import CapturedLaunch
@@ -154,6 +155,9 @@ class FusedPlan:
 
     def _enqueue(self, key: tuple[Any, ...], status: torch.Tensor) -> None:
         """Launch for a batch: its numbers, and their types, since 4.0 and True are not 4 and 1."""
+        if is_compiling():
+            _traced.untraced(self._enqueue, key, status)
+            return
         bs, total_len, pad_to = key[:3]
         state = self._state
         if state is None:

@@ -195,14 +195,8 @@ def _draft_extend_job(case: Case, use_adaptive: bool, counted: bool) -> Job:
         fields |= {"request_ends": (SCRATCH, 0), "tile_totals": (SCRATCH, 4 * case.bs)}
     if counted:
         fields["launch_count"] = (COUNT, 0)
-    pointers = [(_at(draft_extend._FORMATS, name), *place) for name, place in fields.items()]
+    pointers = [(draft_extend.LAYOUT.at(name), *place) for name, place in fields.items()]
     return Job(buffers, bytes(args), pointers, shape.launches)
-
-
-def _at(formats: dict[str, str], name: str) -> int:
-    """Offset of a field of an argument struct."""
-    before = list(formats).index(name)
-    return struct.calcsize("<" + "".join([*formats.values()][:before]))
 
 
 def _storage(tensor: torch.Tensor) -> bytes:
@@ -267,7 +261,7 @@ def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = Fa
     tensors: list[torch.Tensor] = []
     names = (*FusedCall._fields[:FUSED_INPUTS], *call.outputs._fields)
     for name, tensor in zip(names, (*call[:FUSED_INPUTS], *call.outputs), strict=True):
-        at = _fused_args._at(name)
+        at = _fused_args.LAYOUT.at(name)
         if struct.unpack_from("<Q", args, at)[0]:
             pointers.append((at, len(tensors), 0))
             tensors.append(tensor)
@@ -275,7 +269,7 @@ def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = Fa
     pointers.append((_fused_args.STATUS_AT, len(buffers), 0))
     buffers.append(Buffer(bytes(4)))
     if tiled:
-        pointers.append((_fused_args._at("tile_sums"), len(buffers), 0))
+        pointers.append((_fused_args.LAYOUT.at("tile_sums"), len(buffers), 0))
         buffers.append(
             Buffer(b"\x55" * (8 * _fused_args.NUM_TILE_SUMS * _fused_args.num_tiles(call.bs)))
         )

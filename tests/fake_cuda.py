@@ -203,7 +203,7 @@ class FakeCuda:
         is_seed = name.startswith("draft_extend")
         module = draft_extend if is_seed else _fused_args
         numbers = module.ARGS.unpack_from(args)
-        formats = module._FORMATS.values()
+        formats = module.LAYOUT.formats.values()
         for pointer in (n for n, format in zip(numbers, formats, strict=True) if format == "Q"):
             for begin, end, owner in self.memory:
                 if begin <= pointer < end and owner != device:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cpu_kernels
+from cupy_nsa_meta import _launch
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "add-a-kernel.md"
@@ -143,6 +144,14 @@ def test_the_doctor_picks_it_up(copy):
     done = run(copy, "-m", "cupy_nsa_meta", "doctor", "--json")
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks[f"kernel {STEM}"]["state"] == "ok", checks
+
+
+def test_the_launch_path_has_what_the_page_uses(fake_device):
+    page = PAGE.read_text()
+    used = set(re.findall(r"\b(_launch|state)\.(\w+)", page))
+    assert len(used) >= 5
+    for owner, name in used:
+        assert hasattr(_launch if owner == "_launch" else fake_device, name), f"{owner}.{name}"
 
 
 @pytest.mark.gpu

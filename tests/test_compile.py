@@ -143,5 +143,5 @@ def test_the_fields_of_host_and_device_agree(stem, struct, module):
         (name, "Q" if "*" in kind else types[kind])
         for kind, name in re.findall(r"^  ([\w* ]+[*\w]) (\w+);", body, re.MULTILINE)
     ]
-    assert declared == list(module._FORMATS.items())
+    assert declared == list(module.LAYOUT.formats.items())
     assert f"sizeof({struct}) == {module.ARGS.size}," in text

@@ -629,7 +629,7 @@ def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
     assert not others
     monkeypatch.undo()
     again = fake_device.launched[-1]
-    topk_at = _fused_args._at("topk")
+    topk_at = _fused_args.LAYOUT.at("topk")
     assert int.from_bytes(again[0][topk_at : topk_at + 4], "little") == small["dsa_index_topk"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import cupy_nsa_meta
 from cases import POISON
 from cupy_nsa_meta import _fused_args, fused, fused_plan
+from fake_device import set_stream
 from fused_cases import BY_NAME, CASES, FUNCTIONS, Built, case, expected, lengths, random_cases
 from fused_plans import PLANS, batch_of, plan_arguments, plan_of
 from test_fused import MESSAGES
@@ -280,7 +282,7 @@ def test_large_batches_bring_their_scratch(fake_device):
     (large, in_order), (small, one) = fake_device.launched
     assert [name for name, _ in in_order] == ["fused_tiles", "fused"]
     assert [name for name, _ in one] == ["fused_direct_uniform"]
-    at = _fused_args._at("tile_sums")
+    at = _fused_args.LAYOUT.at("tile_sums")
     assert int.from_bytes(large[at : at + 8], "little") == plan._scratch.data_ptr()
     assert plan._scratch.numel() == _fused_args.NUM_TILE_SUMS * 65
     assert int.from_bytes(small[at : at + 8], "little") == 0
@@ -322,3 +324,22 @@ def test_few_sizes_are_kept(fake_device, monkeypatch):
     for bs in (1, 2, 3, 4, 1):
         plan.launch(bs)
         assert 1 <= len(plan._packed) <= 2
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_a_launch_in_a_compiled_region_is_not_half_traced(op, fake_device, monkeypatch):
+    """What Dynamo (torch 2.11) makes of named tuples behind a graph break ends in an IndexError."""
+    set_stream(monkeypatch, ctypes.CDLL(None).abs)  # a function that it does not know
+    built = Built(BY_NAME[f"{op}_basic_ps64"])
+    plan, batch = plan_of(built), batch_of(built)
+
+    def step(values):
+        doubled = values * 2
+        plan.launch(**batch)
+        return doubled + 1
+
+    values = torch.arange(3)
+    function = torch.compile(step, backend="eager")
+    for launches in range(1, 5):
+        assert torch.equal(function(values), values * 2 + 1)
+        assert len(fake_device.launched) == launches
