@@ -46,7 +46,7 @@ current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRa
 
 
 class Layout:
-    """The fields of an argument struct, in its order: format characters of ``struct``, and names."""
+    """The fields of an argument struct in its order: format characters of ``struct``, names."""
 
     def __init__(self, *fields: tuple[str, str]) -> None:
         self.formats = {name: format for format, names in fields for name in names.split()}

@@ -20,7 +20,7 @@ NOT_GIVEN = -1
 
 def untraced(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call what Dynamo must not look into, where a graph break has left it half traced."""
-    return torch._dynamo.disable(function)(*arguments)
+    return torch._dynamo.disable(function)(*arguments)  # type: ignore[no-untyped-call]
 
 
 def fill(

@@ -381,8 +381,8 @@ def fill_draft_extend_metadata_cuda(
         nsa_index_topk: KV tokens kept per query, >= 1.
         out_seqlens_expanded: [>= T] int32, contiguous.
         out_nsa_cache_seqlens: [>= T] int32, contiguous.
-        use_adaptive: linear search up to 16 requests, binary above; False: always binary. The
-            result is the same.
+        use_adaptive: where the requests of rows have to be searched, linear search up to 16
+            requests, binary above; False: always binary. The result is the same.
         total_tokens: T, where the host knows it. Nothing is read back then, and rows
             [0, min(T, total_tokens)) are written.
 
