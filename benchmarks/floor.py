@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from . import build
-from .cores import quickest_core
 from .measure import Absent, Results, one_line
 
 PROVIDERS = ("floor-graph", "floor-launch", "floor-empty")
@@ -67,8 +66,7 @@ def run(program: Path, iterations: int, warmup: int) -> str:
     """The program's output."""
     words = [str(program), str(iterations), str(warmup)]
     try:
-        with quickest_core():
-            done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:
         raise Absent(f"the floor program did not run: {one_line(error)}") from error
     if done.returncode:

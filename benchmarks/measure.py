@@ -8,7 +8,7 @@ and binds providers to it; ``Contest`` checks each of them, then times those tha
     gpu_us         many launches in one CUDA graph, by events, divided by their number
 
 The lengths are others at every call and the device is idle before it. Providers take turns in short
-blocks, so that a slow moment of a shared machine meets all of them, and on one core (``cores.py``).
+blocks, so that a slow moment of a shared machine meets all of them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-
-from .cores import quickest_core
 
 END_TO_END = "end_to_end_us"
 HOST = "host_us"
@@ -319,13 +317,7 @@ class Contest:
         return self._calls(HOST, offering)
 
     def _calls(self, metric: str, offering: dict[str, Bound]) -> dict[str, list[float]]:
-        entered = self._entered(metric, offering, self._check_call)  # compiles, on all cores
-        with quickest_core() as look_again:
-            return self._time_calls(metric, entered, look_again)
-
-    def _time_calls(
-        self, metric: str, entered: dict[str, Bound], look_again: Callable[[], None]
-    ) -> dict[str, list[float]]:
+        entered = self._entered(metric, offering, self._check_call)
         blocks: dict[str, int] = {}
         for name in list(entered):
             length = self._guard(metric, name, partial(self._block_length, metric, entered[name]))
@@ -341,7 +333,6 @@ class Contest:
         gc.disable()  # a collection inside one provider's call is not that provider's time
         try:
             for round_idx in range(self.effort.rounds):
-                look_again()
                 for turn in turns(len(names), round_idx):
                     name = names[turn]
                     if name not in entered:
