@@ -1,7 +1,7 @@
 // Device code that every kernel of this package shares: typed loads of length arrays, scans over
 // requests that notice what leaves int32, and searches.
 //
-// Plain C++17 without headers, so that NVRTC compiles it in tens of milliseconds and the tests
+// Plain C++17 without headers, so that the front end of NVRTC takes tens of milliseconds and the tests
 // compile the same text with g++ (tests/cuda_on_cpu.h).
 #pragma once
 

@@ -37,7 +37,7 @@
 // without a barrier, up to kBlockWarps requests without a scan. Lengths for which 32 bits are not
 // enough, and those that are an error, take the general way.
 //
-// Python twin: cupy_nsa_meta/fused.py; specification: cupy_nsa_meta/reference_fused.py
+// Python twins: cupy_nsa_meta/fused.py, _fused_args.py; specification: cupy_nsa_meta/reference_fused.py
 #include "common.cuh"
 
 namespace nsa {

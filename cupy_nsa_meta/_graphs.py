@@ -23,6 +23,7 @@ from ._launch import (
     EPOCH_MASK,
     EPOCH_SHIFT,
     STATUS_SHIFT,
+    WORD_MASK,
     DeviceState,
     Slot,
     is_forked,
@@ -121,7 +122,7 @@ def _launchers(
 ) -> tuple[Callable[[int], None], Callable[[int], int]]:
     """``launch`` and ``run`` of a captured launch whose kernels answer in ``slot``."""
     get_device, graph_launch = state.runtime.getDevice, state.runtime.graphLaunch
-    halves, low, high = state.halves, 2 * slot.index, 2 * slot.index + 1
+    words, index, halves, high = state.words, slot.index, state.halves, 2 * slot.index + 1
     wait, launch_anywhere = state.wait, _launcher(state, graph)
     shift = EPOCH_SHIFT - STATUS_SHIFT  # of the epoch in the high half
 
@@ -141,7 +142,7 @@ def _launchers(
         fine = epoch << shift  # status 0; another one is met by the wait
         for _ in QUICK_LOOKS:
             if halves[high] == fine:
-                return halves[low]
+                return words[index] & WORD_MASK
         return wait(slot, stream)
 
     return launch, run

@@ -144,7 +144,7 @@ class DeviceState:
         self._retired: deque[Slot] = deque()
 
     def _share_words(self, memory: memoryview) -> None:
-        """The result words; also as halves, low and high, whose numbers are quicker to make."""
+        """The result words; also as halves, low and high, of which a high one is quicker to ask."""
         self.words = memory.cast("Q")
         self.halves = memory.cast("I")
 

@@ -296,9 +296,10 @@ def _load_cubins(cupy: Any, stem: str, options: tuple[str, ...], device: int) ->
     """
 
     def load_program(code: str, names: tuple[str, ...]) -> dict[str, Any]:
-        with cupy.cuda.Device(device):  # each thread has its own current device
-            module = cupy.RawModule(code=code, options=options, backend="nvrtc")
-            return {name: module.get_function(name).kernel for name in names}
+        # Not `with`: on leaving it cudaSetDevice(0) would make a context on GPU 0.
+        cupy.cuda.Device(device).use()
+        module = cupy.RawModule(code=code, options=options, backend="nvrtc")
+        return {name: module.get_function(name).kernel for name in names}
 
     if stem not in PROGRAMS:
         return load_program(source(stem), KERNELS[stem])
@@ -306,8 +307,12 @@ def _load_cubins(cupy: Any, stem: str, options: tuple[str, ...], device: int) ->
     codes = [program_source(stem, number) for number in range(len(programs))]
     kernels: dict[str, Any] = {}
     with ThreadPoolExecutor(len(programs), "cupy_nsa_meta-compile") as pool:
-        for loaded in pool.map(load_program, codes, programs):
-            kernels |= loaded
+        try:
+            jobs = [pool.submit(load_program, *job) for job in zip(codes, programs, strict=True)]
+        except RuntimeError:  # no thread to be had, or the main thread has ended
+            return load_program(source(stem), KERNELS[stem])
+        for job in jobs:
+            kernels |= job.result()
     return kernels
 
 

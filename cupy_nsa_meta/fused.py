@@ -6,6 +6,7 @@ Device twin: ``cuda_src/fused.cu``, whose arguments ``_fused_args.py`` packs. Sp
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from operator import itemgetter
@@ -26,7 +27,7 @@ from ._fused_args import (
     pack,
 )
 from ._graphs import CapturedLaunch, thread
-from ._launch import PackedLaunch
+from ._launch import Arguments, PackedLaunch
 from ._status import INT32_MAX, Status, fused_error
 from .dispatch import cuda_unavailable_reason
 
@@ -106,16 +107,21 @@ class _KnownCall:
             state.launch(packed, stream, packed.launches)
             return
         self.keep(scalars, None)
-        slot = state.take_slot()
         try:
-            state.launch(slot, stream, template.fill(slot.buffer, numbers))
+            arguments = _spare_arguments.pop()
+        except IndexError:
+            arguments = Arguments()
+        try:
+            state.launch(arguments, stream, template.fill(arguments.buffer, numbers))
         finally:
-            state.give_slot(slot)
+            _spare_arguments.append(arguments)
 
 
 MAX_KNOWN = 256
 MAX_PACKED = 1024  # of one known call
 _calls: _known.KnownCalls[_KnownCall] = _known.KnownCalls(MAX_KNOWN)
+#: For launches that are not kept: as many as threads that make one at the same time.
+_spare_arguments: deque[Arguments] = deque()
 _CUDA_BACKENDS = ("auto", "cuda")
 
 

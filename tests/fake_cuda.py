@@ -56,6 +56,7 @@ class FakeCuda:
     def __init__(self, num_devices: int = 2) -> None:
         self.num_devices = num_devices
         self._thread = threading.local()
+        self.switches: list[int] = []  # every device that a thread was set to
         self.delayed = False
         self.streams: dict[int, int] = {}  # torch's current stream of each device
         self.log: list[tuple[str, int, object]] = []
@@ -77,6 +78,7 @@ class FakeCuda:
     @current.setter
     def current(self, device: int) -> None:
         self._thread.current = device
+        self.switches.append(device)
 
     # ---- torch --------------------------------------------------------------------------------
 
@@ -267,6 +269,9 @@ class _Current:
     def __init__(self, cuda: FakeCuda, device: torch.device | str | None) -> None:
         self.cuda = cuda
         self.index = torch.device(device).index if device is not None else cuda.current
+
+    def use(self) -> None:
+        self.cuda.current = self.index
 
     def __enter__(self) -> None:
         self.before = self.cuda.current

@@ -565,6 +565,18 @@ def test_smaller_numbers_of_a_known_call_are_not_checked_again(op, fake_device, 
     assert quick != fake_device.launched[0]
 
 
+def test_other_numbers_take_no_result_slot(fake_device, monkeypatch):
+    """No fused kernel answers in one, and all of them may be waiting."""
+    built = Built(BY_NAME["decode_basic_ps64"])
+    for _ in range(2):
+        built.run()
+    monkeypatch.setattr(fake_device, "take_slot", None)
+    before = len(fake_device.launched)
+    for bs in (3, 2, 1):
+        FUNCTIONS["decode"](**built.arguments | {"bs": bs})
+    assert len(fake_device.launched) == before + 3
+
+
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_device):
     """A random walk over numbers, right and wrong ones, each beside a call that is not known."""

@@ -148,6 +148,24 @@ def test_the_programs_of_a_file_are_compiled_at_the_same_time(cuda):
     assert cuda.current == 0
 
 
+def test_compiling_for_a_device_leaves_the_others_alone(cuda):
+    """cudaSetDevice makes a context, also where it only goes back to what was current before."""
+    cuda.current = 1
+    cuda.switches.clear()
+    _module.load("draft_extend", 1)
+    assert set(cuda.switches) == {1}
+
+
+def test_without_a_thread_the_programs_are_compiled_as_one(cuda, monkeypatch):
+    """A thread may make the first call when the main thread has ended: no executor takes jobs."""
+
+    def refused(*job):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(_module.ThreadPoolExecutor, "submit", refused)
+    assert set(_module.load("draft_extend", 0)) == set(_module.KERNELS["draft_extend"])
+
+
 def test_a_fault_in_one_program_is_the_fault_of_the_file(cuda):
     load_one = cuda.cupy.RawModule
 
