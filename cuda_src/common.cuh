@@ -200,16 +200,22 @@ __device__ __forceinline__ u32 warp_inclusive_scan(u32 v, Marks& marks) {
   return v;
 }
 
+// What `combine` makes of the lanes of a warp, in every lane.
+template <class T, class Combine>
+__device__ __forceinline__ T warp_combined(T v, const Combine& combine) {
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    v = combine(v, __shfl_xor_sync(kFullWarp, v, distance));
+  }
+  return v;
+}
+
 // Sum over the lanes of a warp, in every lane, that fits 32 bits.
 __device__ __forceinline__ u32 warp_sum_small(u32 v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   return __reduce_add_sync(kFullWarp, v);  // one instruction
 #else
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    v += __shfl_xor_sync(kFullWarp, v, distance);
-  }
-  return v;
+  return warp_combined(v, [](u32 a, u32 b) { return a + b; });
 #endif
 }
 
@@ -218,11 +224,7 @@ __device__ __forceinline__ u32 warp_or(u32 v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   return __reduce_or_sync(kFullWarp, v);  // one instruction
 #else
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    v |= __shfl_xor_sync(kFullWarp, v, distance);
-  }
-  return v;
+  return warp_combined(v, [](u32 a, u32 b) { return a | b; });
 #endif
 }
 

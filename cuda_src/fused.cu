@@ -558,11 +558,7 @@ __device__ __forceinline__ i64 sum_of_warps(i64 warp_total, i64* warp_sums) {
 }
 
 __device__ __forceinline__ i64 block_sum(i64 v, i64* warp_sums) {
-#pragma unroll
-  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-    v += __shfl_xor_sync(kFullWarp, v, distance);
-  }
-  return sum_of_warps(v, warp_sums);
+  return sum_of_warps(warp_combined(v, [](i64 a, i64 b) { return a + b; }), warp_sums);
 }
 
 // Tokens that request idx has in the flattened table.
