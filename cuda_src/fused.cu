@@ -369,24 +369,16 @@ struct DirectShared {
   u32 unusual[kBlockWarps];
 };
 
-// Lengths of an array whose elements are `step` bytes apart: loaded first, looked at later.
-struct DirectLength {
-  const char* at;
-  bool is_int64;
-  int low = 0;
-  int second = 0;  // of an int64: the high word
-
+// Length idx of an array whose elements are `step` bytes apart.
+struct DirectLength : LengthWords {
   __device__ __forceinline__ DirectLength(const void* lengths, int idx, int step, bool is_int64)
-      : at(static_cast<const char*>(lengths) +
-           static_cast<u64>(static_cast<u32>(idx)) * static_cast<u32>(step)),
-        is_int64(is_int64) {}
+      : LengthWords(lengths, static_cast<u64>(static_cast<u32>(idx)) * static_cast<u32>(step), is_int64) {}
 
+  // Without a condition: the word of an int32 is loaded twice.
   __device__ __forceinline__ void load() {
     low = __ldg(reinterpret_cast<const int*>(at));
     second = __ldg(reinterpret_cast<const int*>(at + (is_int64 ? sizeof(int) : 0)));
   }
-
-  __device__ __forceinline__ Length value() const { return {low, is_int64 ? second : low >> 31}; }
 };
 
 __device__ __forceinline__ DirectLength direct_seq_len(const FusedArgs& args, int idx) {
