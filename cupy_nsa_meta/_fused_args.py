@@ -186,16 +186,10 @@ def launches_of(bs: int, shape: Geometry, direct: str | None, tiled: bool) -> La
     return (("fused_tiles", shape.num_tiles), last) if tiled else (last,)
 
 
-def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) -> None:
-    """Pack ``struct FusedArgs``, for one launch."""
+def _constant_flags(call: FusedCall) -> int:
+    """The flags of a call but for TOTAL_IS_CAPACITY."""
     seq, extend, pool, tokens, out = call[:5]
-    page_1, real_page, mqa, flattened = (
-        out.page_table_1,
-        out.real_page_table,
-        out.paged_mqa_ctx_lens_2d,
-        out.page_table_1_flattened,
-    )
-    has_tables = out[13:] != _NO_TABLES
+    page_1, real_page = out.page_table_1, out.real_page_table
     flags = SEQ_IS_INT64 if seq.dtype is torch.int64 else 0
     if extend is not None and extend.dtype is torch.int64:
         flags |= EXTEND_IS_INT64
@@ -205,8 +199,6 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
         flags |= HAS_ROW_OUTPUTS
     if call.one_row_per_request:
         flags |= ONE_ROW_PER_REQUEST
-    if call.total_is_capacity:
-        flags |= TOTAL_IS_CAPACITY
     if page_1 is not None and tokens is not None:
         # At page size 1 a second table is copied by vectors, too.
         second = (real_page,) if real_page is not None and call.page_size == 1 else ()
@@ -215,22 +207,28 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
             places |= table.data_ptr() | 4 * table.stride(0)
         if places & 15 == 0:
             flags |= HAS_VECTORS
+    return flags
+
+
+def _pack_constants(call: FusedCall, status: int) -> bytes:
+    """``struct FusedArgs`` with 0 for what a ``Template`` packs by the numbers of a call."""
+    seq, extend, pool, tokens, out = call[:5]
+    page_1, real_page, mqa, flattened = (
+        out.page_table_1,
+        out.real_page_table,
+        out.paged_mqa_ctx_lens_2d,
+        out.page_table_1_flattened,
+    )
+    has_tables = out[13:] != _NO_TABLES
     seq_step, extend_step, pool_step = (min(step, INT32_MAX) for step in _steps(call))
     (
         cache, cu_k, cu_q, starts, expanded, dsa, dsa_cu, *others, mqa_at, page_1_at, real_page_at,
         flattened_at,
     ) = [0 if tensor is None else tensor.data_ptr() for tensor in out]  # fmt: skip
-    ARGS.pack_into(
-        buffer,
-        0,
+    return ARGS.pack(
         seq.data_ptr(),
         pool.data_ptr() if has_tables and pool is not None else 0,
-        call.bs,
-        call.uniform_q,
-        flags,
-        shape.page_1_blocks,
-        shape.real_page_blocks,
-        _inverse(shape.table_blocks),
+        *[0] * 6,  # bs .. blocks_inverse
         seq_step,
         pool_step,
         0 if extend is None else extend.data_ptr(),
@@ -238,8 +236,8 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
         0 if tokens is None else tokens.stride(0),
         0 if tokens is None else tokens.size(0),
         extend_step,
-        shape.table_items,
-        call.total_len,
+        0,  # table_items
+        0,  # total_len
         call.kv_add,
         call.topk,
         call.width,
@@ -257,11 +255,7 @@ def _pack_all(buffer: bytearray, call: FusedCall, shape: Geometry, status: int) 
         mqa_at,
         0 if mqa is None else mqa.stride(0),
         status,
-        0,  # tile_sums
-        call.pad_to,
-        shape.num_tiles,
-        shape.row_parts,
-        shape.flattened_blocks,
+        *[0] * 5,  # tile_sums .. flattened_blocks
         cu_q,
         starts,
         *others,  # token_to_batch_idx .. positions
@@ -284,7 +278,6 @@ _FRONT, _FRONT_AT = LAYOUT.run_of(
 )
 _ITEMS, _ITEMS_AT = LAYOUT.run_of("table_items total_len")
 _TILES, _TILES_AT = LAYOUT.run_of("tile_sums pad_to num_tiles row_parts flattened_blocks")
-_FLAGS, _FLAGS_AT = LAYOUT.run_of("flags")
 _TOTAL_LEN, _TOTAL_LEN_AT = LAYOUT.run_of("total_len")
 _PAD_TO, _PAD_TO_AT = LAYOUT.run_of("pad_to")
 
@@ -319,11 +312,8 @@ class Template:
         self._units = table_units(call)
         self._direct = direct_kernel(call)
         self._max_extend_len = call.max_extend_len
-        base = bytearray(ARGS.size)
-        shape = cut_up(call.bs, 1, self._units, num_sms)
-        _pack_all(base, call._replace(total_is_capacity=False), shape, status)
-        self._base = bytes(base)
-        self._flags: int = _FLAGS.unpack_from(base, _FLAGS_AT)[0]
+        self._flags = _constant_flags(call)
+        self._base = _pack_constants(call, status)
         #: By what the grid depends on: the arguments without total_len and pad_to, kernels, grids.
         self._shapes: dict[tuple[Any, ...], tuple[bytes, Launches]] = {}
 
@@ -373,8 +363,3 @@ class Template:
         _ITEMS.pack_into(arguments, _ITEMS_AT, items, 0)
         _TILES.pack_into(arguments, _TILES_AT, tile_sums, 0, tiles, parts, flattened)
         return bytes(arguments), launches_of(bs, shape, direct, tile_sums != 0)
-
-
-def pack(call: FusedCall, num_sms: int, status: int, tile_sums: int = 0) -> PackedLaunch:
-    """The launch of a checked call; ``tile_sums`` is 0 in the one-launch form."""
-    return Template(call, num_sms, status).pack(numbers_of(call), tile_sums)

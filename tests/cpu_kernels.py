@@ -23,6 +23,7 @@ import torch
 from cases import POISON, QUADS_MIN_ROWS, Case, Expected
 from cupy_nsa_meta import _check, _fused_args, _module, draft_extend, fused, reference_fused
 from cupy_nsa_meta._check import DraftExtendKey, FusedCall
+from cupy_nsa_meta._launch import PackedLaunch
 from fused_cases import Built, FusedCase
 from planted import Patch
 
@@ -252,10 +253,16 @@ class FusedJob:
     tensors: list[torch.Tensor]  # of the first buffers; after them the status and the tile sums
 
 
+def fused_packed(call: FusedCall, num_sms: int, tile_sums: int = 0) -> PackedLaunch:
+    """The launch of a checked call; ``tile_sums`` is 0 in the one-launch form."""
+    template = _fused_args.Template(call, num_sms, status=1)
+    return template.pack(_fused_args.numbers_of(call), tile_sums)
+
+
 def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
     """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
     call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
-    packed = _fused_args.pack(call, NUM_SMS, status=1, tile_sums=1 if tiled else 0)
+    packed = fused_packed(call, NUM_SMS, tile_sums=1 if tiled else 0)
     args = packed.buffer[: _fused_args.ARGS.size]
     pointers: list[tuple[int, int, int]] = []
     tensors: list[torch.Tensor] = []

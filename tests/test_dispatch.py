@@ -113,9 +113,8 @@ def test_the_environment_is_read_at_each_call(monkeypatch):
     monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "0")
     assert not _env.debug_sync()
     assert call(total_tokens=6)[0] == 6
-    monkeypatch.setattr(
-        _env, "variables", _env._Everything()
-    )  # platforms without the mapping of bytes
+    # Platforms without the mapping of bytes.
+    monkeypatch.setattr(_env, "variables", _env._Everything())
     monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
     assert _env.debug_sync()
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import cupy_nsa_meta
 from cases import POISON
-from cpu_kernels import fused_call
+from cpu_kernels import fused_call, fused_packed
 from cupy_nsa_meta import _check, _fused_args, _known, _launch, _module, fused
 from cupy_nsa_meta._status import INT32_MAX
 from fused_cases import (
@@ -654,8 +654,9 @@ def test_a_second_table_at_page_size_1_is_aligned_or_copied_by_tokens(shift):
     first = torch.empty((rows, 128), dtype=torch.int32)[:, :columns]
     tokens = torch.empty((call.req_to_token.size(0), 128), dtype=torch.int32)[:, :columns]
     out = call.outputs._replace(page_table_1=first, real_page_table=second)
-    packed = _fused_args.pack(call._replace(outputs=out, req_to_token=tokens), 132, status=1)
-    flags = _fused_args._FLAGS.unpack_from(packed.buffer, _fused_args._FLAGS_AT)[0]
+    packed = fused_packed(call._replace(outputs=out, req_to_token=tokens), 132)
+    packer, at = _fused_args.LAYOUT.run_of("flags")
+    (flags,) = packer.unpack_from(packed.buffer, at)
     assert packed.launches[0][0] == "fused_direct_uniform"
     assert bool(flags & _fused_args.HAS_VECTORS) == (shift == 0)
 
@@ -663,7 +664,7 @@ def test_a_second_table_at_page_size_1_is_aligned_or_copied_by_tokens(shift):
 def test_rows_beyond_32_bit_arithmetic_are_left_to_the_general_kernel():
     call = fused_call(BY_NAME["decode_basic_ps64"])
     for width, kernel in ((2**30 - 1, "fused_direct_uniform"), (2**30, "fused")):
-        packed = _fused_args.pack(call._replace(width=width), 132, status=1)
+        packed = fused_packed(call._replace(width=width), 132)
         assert packed.launches[0][0] == kernel
 
 

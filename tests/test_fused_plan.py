@@ -293,7 +293,7 @@ def test_rows_from_the_device_are_a_flag(fake_device):
     plan = plan_of(built)
     plan.launch(total_len=11)
     plan.launch()
-    at = _fused_args._FLAGS_AT
+    at = _fused_args.LAYOUT.at("flags")
     (given, _), (bounded, _) = fake_device.launched
     flags = [int.from_bytes(args[at : at + 4], "little") for args in (given, bounded)]
     assert flags[1] == flags[0] | _fused_args.TOTAL_IS_CAPACITY

@@ -312,7 +312,7 @@ def test_the_named_cases_reach_every_kernel(num_sms, monkeypatch):
         else:
             call = cpu_kernels.fused_call(sanitized.FUSED[name])
             tile_sums = int(call.bs > _fused_args.ONE_LAUNCH_MAX_BS)
-            launches = _fused_args.pack(call, num_sms, status=1, tile_sums=tile_sums).launches
+            launches = cpu_kernels.fused_packed(call, num_sms, tile_sums).launches
         kernels |= {kernel for kernel, _ in launches}
     assert kernels == set(sanitizer.all_kernels())
 
