@@ -51,6 +51,10 @@ class DraftExtendKey(NamedTuple):
     flags: int  # EXTEND_IS_INT64 | SEQ_IS_INT64 | TOTAL_IS_GIVEN
     use_adaptive: bool
 
+    def with_total(self, total_tokens: int) -> DraftExtendKey:
+        """The key of the call with ``total_tokens`` given."""
+        return self._replace(limit=total_tokens, flags=self.flags | TOTAL_IS_GIVEN)
+
 
 def draft_extend(
     extend_seq_lens: Any,
@@ -71,7 +75,7 @@ def draft_extend(
     if not is_like(layout.guard, tensors):
         tensors = _draft_extend_tensors(*tensors)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
-        layout = _keep_layout(tensors)
+        layout = layout_of(tensors)
     _, device, extend_stride, seq_stride, extend_is_int64, seq_is_int64 = layout
     bs = extend_seq_lens.numel()
     if seq_lens.numel() != bs:
@@ -88,15 +92,7 @@ def draft_extend(
         limit = INT32_MAX
     flags = extend_is_int64 * EXTEND_IS_INT64 | seq_is_int64 * SEQ_IS_INT64
     if total_tokens is not None:
-        if type(total_tokens) is not int or total_tokens < 0:
-            total_tokens = integer("total_tokens", total_tokens, 0)
-        if total_tokens > limit:
-            raise ValueError(
-                f"total_tokens: expected <= {limit}, the capacity of the out buffers "
-                f"(out_seqlens_expanded [{room_expanded}], out_nsa_cache_seqlens "
-                f"[{room_clamped}]), got {total_tokens}"
-            )
-        limit = total_tokens
+        limit = given_total(total_tokens, limit, room_expanded, room_clamped)
         flags += TOTAL_IS_GIVEN
 
     try:
@@ -154,7 +150,20 @@ def draft_extend(
     )
 
 
-class _Layout(NamedTuple):
+def given_total(total_tokens: Any, limit: int, room_expanded: int, room_clamped: int) -> int:
+    """The total that a caller gives, at most ``limit`` for outputs of so many elements."""
+    if type(total_tokens) is not int or total_tokens < 0:
+        total_tokens = integer("total_tokens", total_tokens, 0)
+    if total_tokens > limit:
+        raise ValueError(
+            f"total_tokens: expected <= {limit}, the capacity of the out buffers "
+            f"(out_seqlens_expanded [{room_expanded}], out_nsa_cache_seqlens "
+            f"[{room_clamped}]), got {total_tokens}"
+        )
+    return total_tokens  # type: ignore[no-any-return]
+
+
+class Layout(NamedTuple):
     """Of the tensors of an earlier call: all but their sizes and addresses."""
 
     guard: Guard
@@ -165,12 +174,17 @@ class _Layout(NamedTuple):
     seq_is_int64: bool
 
 
-_layouts: dict[tuple[Any, ...], _Layout] = {}
-_last_layout = _Layout(lambda *tensors: False, -1, 1, 1, False, False)
+def fits_nothing(*tensors: Any) -> bool:
+    """The guard of a layout that is right for its own tensors alone."""
+    return False
+
+
+_layouts: dict[tuple[Any, ...], Layout] = {}
+_last_layout = Layout(fits_nothing, -1, 1, 1, False, False)
 _MAX_LAYOUTS = 64
 
 
-def _keep_layout(tensors: DraftExtendTensors) -> _Layout:
+def layout_of(tensors: DraftExtendTensors) -> Layout:
     """The layout of tensors that were checked; the next call is compared with it first."""
     global _last_layout
     extend, seq, *outs = tensors
@@ -179,14 +193,15 @@ def _keep_layout(tensors: DraftExtendTensors) -> _Layout:
     if layout is not None and is_like(layout.guard, tensors):
         _last_layout = layout
         return layout
-    layout_guard = guard(tensors, any_size=True)
-    layout = _Layout(
-        layout_guard or _last_layout.guard,
-        key[2], key[3][0], key[4][0], key[0] is _int64, key[1] is _int64,
-    )  # fmt: skip
     # An output of one element may have any stride; that of more may not, and the guard does not
     # look at sizes.
-    if layout_guard is not None and all(out.stride() == (1,) for out in outs):
+    is_plain = all(out.stride() == (1,) for out in outs)
+    layout_guard = guard(tensors, any_size=True) if is_plain else None
+    layout = Layout(
+        layout_guard or fits_nothing,
+        key[2], key[3][0], key[4][0], key[0] is _int64, key[1] is _int64,
+    )  # fmt: skip
+    if layout_guard is not None:
         if len(_layouts) >= _MAX_LAYOUTS:
             _layouts.clear()
         _last_layout = _layouts[key] = layout

@@ -59,6 +59,28 @@ def is_like(guard: Guard, tensors: Sequence[Any]) -> bool:
 
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 
+
+class MetOnce:
+    """Keys that were met once, by their hashes; the oldest makes room."""
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
+        self._hashes: dict[int, None] = {}
+
+    def is_again(self, key: Hashable) -> bool:
+        """Whether a key was met before; it is from now on."""
+        number = hash(key)
+        if number in self._hashes:
+            return True
+        if len(self._hashes) >= self.max_size:
+            del self._hashes[next(iter(self._hashes))]
+        self._hashes[number] = None
+        return False
+
+    def forget(self, key: Hashable) -> None:
+        self._hashes.pop(hash(key), None)
+
+
 Value = TypeVar("Value")
 
 

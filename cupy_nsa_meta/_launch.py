@@ -30,6 +30,7 @@ from . import _module
 
 NUM_SLOTS = 8192  # calls that wait and graphs that are held at the same time, per device
 SLOT_BYTES = 64  # a cache line each: no two waiting threads share one
+QUICK_LOOKS = range(200)  # at a result word, some 10 us, before the clock is looked at as well
 SPIN_NS = (
     50_000  # the GPU work of a call is a few microseconds; behind queued work the GIL is freed
 )
@@ -117,6 +118,9 @@ class DeviceState:
         self.cupy = cupy = _module.import_cupy()
         self.runtime = cupy.cuda.runtime
         self._get_device = self.runtime.getDevice
+        #: The only device of the process, hence the current one of every thread.
+        self.is_only = self.runtime.getDeviceCount() == 1
+        self.graph_launch = self.runtime.graphLaunch
         self._launch_kernel = cupy.cuda.driver.launchKernel
         self._driver_error = cupy.cuda.driver.CUDADriverError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -196,7 +200,7 @@ class DeviceState:
         self, arguments: Arguments, stream: int, launches: Iterable[tuple[str, int]]
     ) -> None:
         """Enqueue kernels (name, grid) in order, each with the same argument struct."""
-        if self._get_device() != self.device:
+        if not self.is_only and self._get_device() != self.device:
             with self.cupy.cuda.Device(self.device):
                 self.launch(arguments, stream, launches)
             return
@@ -214,6 +218,14 @@ class DeviceState:
                 self.runtime.setDevice(self.device)  # a thread that has not used CUDA yet
                 self._launch_kernel(*call)
 
+    def launch_graph(self, graph: int, stream: int) -> None:
+        """Enqueue a captured launch."""
+        if self.is_only or self._get_device() == self.device:
+            self.graph_launch(graph, stream)
+        else:
+            with self.cupy.cuda.Device(self.device):
+                self.graph_launch(graph, stream)
+
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured on ``stream``; the legacy stream 0 never is."""
         return stream != 0 and bool(self.runtime.streamIsCapturing(stream))
@@ -224,6 +236,11 @@ class DeviceState:
         Returns the word less its epoch. An error of the context is raised as CuPy raises it.
         """
         words, index, epoch = self.words, slot.index, slot.epoch
+        halves, high = self.halves, 2 * index + 1
+        fine = epoch << EPOCH_SHIFT - STATUS_SHIFT  # the high half with status 0
+        for _ in QUICK_LOOKS:
+            if halves[high] == fine:
+                return words[index] & WORD_MASK
         deadline = 0
         while True:
             word = words[index]

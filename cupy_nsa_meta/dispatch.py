@@ -11,12 +11,8 @@ import torch
 from torch.compiler import is_compiling
 
 from . import _check, _env, _launch, _module, _traced
-from .draft_extend import (
-    BLOCK_THREADS,
-    LINEAR_SEARCH_MAX_BS,
-    fill_draft_extend_metadata_cuda,
-    fill_draft_extend_metadata_cuda_async,
-)
+from ._draft_extend_args import BLOCK_THREADS, LINEAR_SEARCH_MAX_BS
+from .draft_extend import fill_draft_extend_metadata_cuda, fill_draft_extend_metadata_cuda_async
 from .draft_extend_python import (
     fill_draft_extend_metadata_python,
     fill_draft_extend_metadata_python_async,

@@ -5,175 +5,61 @@ Device twin: ``cuda_src/draft_extend.cu``. Specification: ``reference.draft_exte
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from contextlib import nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from . import _check, _env, _graphs, _known, _launch, _traced
+from . import _check, _env, _form, _launch, _traced
 from ._check import DraftExtendKey, DraftExtendTensors
-from ._graphs import CapturedLaunch, thread
-from ._launch import current_raw_stream
-from ._status import INT32_MAX, draft_extend_error
-
-#: ``struct DraftExtendArgs`` of draft_extend.cu.
-LAYOUT = _launch.Layout(
-    ("Q", "extend_seq_lens seq_lens"),
-    ("q", "extend_stride seq_stride"),
-    ("i", "bs"),
-    ("I", "flags"),
-    ("Q", "launch_count out_seqlens_expanded out_nsa_cache_seqlens result out_total"),
-    ("i", "max_rows topk"),
-    ("I", "epoch tiles_per_block"),
-    ("i", "num_entries requests_per_entry"),
-    ("Q", "request_ends tile_totals"),
+from ._draft_extend_args import (
+    BLOCK_THREADS,
+    MAX_ITEMS,
+    ONE_LAUNCH_MAX_BS,
+    QUADS_MIN_ROWS,
+    WARP_MAX_BS,
+    Addresses,
+    Launches,
+    addresses_of,
+    constants_of,
+    pack,
+    shape_of,
 )
-ARGS = LAYOUT.struct
-assert ARGS.size == 120
+from ._form import Form
+from ._graphs import AnsweringLaunch, thread
+from ._launch import PackedLaunch, current_raw_stream
+from ._status import draft_extend_error
 
-BLOCK_THREADS = _launch.BLOCK_THREADS
-WARP_MAX_BS = 32  # kWarpMaxBs
-MAX_ITEMS = 4  # kMaxItems
-MAX_ENTRIES = 4096  # kMaxEntries
-GROUP = 4  # kGroup: requests per entry
-ONE_LAUNCH_MAX_BS = 16384  # kOneLaunchMaxBs
-LINEAR_SEARCH_MAX_BS = 16
-#: Capacity from which rows are written in quads; below, a launch is a matter of latency.
-QUADS_MIN_ROWS = 1 << 20  # short-lived blocks write faster than resident ones: 16 or 32 KB each
-QUAD_TILE_ROWS = 4 * BLOCK_THREADS  # kQuadTileRows
-QUAD_ROWS_PER_REQUEST = 16  # kQuadModeRowsPerRequest
-LARGE_BLOCKS_PER_SM = 2
-BLOCKS_PER_SM = 8  # 2,048 threads
-#: Every block reads the whole batch: with many requests, blocks that write few rows cost more than
-#: they save.
-FEW_REQUESTS = 1024
-FEW_ROWS = 1 << 16
 TOTAL_MASK = 0xFFFFFFFF  # of a result word without its epoch; above, the status
-MAX_REMEMBERED = 256  # totals, and streams, of a call on known tensors
-
-# Flags, next to those that _check.py sets.
-LINEAR_SEARCH = 4
-QUADS = 16
+MAX_PACKED = 256  # per thread
 
 
-class Geometry(NamedTuple):
-    """How a batch is cut up; depends on host-known sizes alone."""
+def capture(
+    state: _launch.DeviceState, key: DraftExtendKey, out_total: int = 0, scratch: int = 0
+) -> AnsweringLaunch:
+    """The launch of a key as a graph that answers in a slot of its own."""
+    shape = shape_of(key, state.num_sms)
 
-    launches: tuple[tuple[str, int], ...]  # kernels and grids, in order
-    num_entries: int
-    requests_per_entry: int
-    flags: int  # LINEAR_SEARCH | QUADS
-    tiles_per_block: int  # in quad mode, else 0
-
-
-def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
-    """Kernels and blocks of a call. The host does not know T: the blocks follow the capacity."""
-    aligned = (key.expanded_ptr | key.clamped_ptr) & 15 == 0
-    has_quads = aligned and key.limit >= QUADS_MIN_ROWS
-    return _shape(key.bs, key.limit, has_quads, key.use_adaptive, num_sms)
-
-
-@lru_cache(maxsize=1024)
-def _shape(bs: int, limit: int, has_quads: bool, use_adaptive: bool, num_sms: int) -> Geometry:
-    grid = (limit + BLOCK_THREADS - 1) // BLOCK_THREADS or 1
-    flags = tiles_per_block = 0
-    num_entries, requests_per_entry = bs, 1
-    launches: tuple[tuple[str, int], ...]
-    if has_quads and limit >= QUAD_ROWS_PER_REQUEST * bs:
-        flags = QUADS
-        tiles = -(-limit // QUAD_TILE_ROWS)
-        if bs <= WARP_MAX_BS:
-            tiles_per_block = 2
-        elif bs <= BLOCK_THREADS * MAX_ITEMS or bs > ONE_LAUNCH_MAX_BS:
-            tiles_per_block = 4
-        else:  # a block reads up to 200 KB of lengths before it writes
-            tiles_per_block = max(16, -(-tiles // (num_sms * LARGE_BLOCKS_PER_SM)))
-        grid = -(-tiles // tiles_per_block)
-    elif bs > ONE_LAUNCH_MAX_BS:
-        grid = min(grid, num_sms * BLOCKS_PER_SM)  # they read the totals of tiles only
-    elif bs > BLOCK_THREADS:
-        grid = min(grid, (num_sms + 1) // 2 if limit <= FEW_ROWS else num_sms)
-    elif grid > num_sms:
-        grid = min(grid, num_sms * min(FEW_REQUESTS // (bs or 1), BLOCKS_PER_SM))
-    if bs <= WARP_MAX_BS:
-        if bs <= LINEAR_SEARCH_MAX_BS and use_adaptive:
-            flags |= LINEAR_SEARCH
-        launches = (("draft_extend_warp_quads" if tiles_per_block else "draft_extend_warp", grid),)
-    elif bs <= BLOCK_THREADS and not tiles_per_block:
-        launches = (("draft_extend_block", grid),)
-    elif bs <= BLOCK_THREADS * MAX_ITEMS:
-        launches = (
-            ("draft_extend_block4_quads" if tiles_per_block else "draft_extend_block4", grid),
+    def pack_slot(slot: _launch.Slot) -> Launches:
+        pack(
+            slot.buffer,
+            constants_of(key, shape),
+            addresses_of(key),
+            result=slot.address,
+            launch_count=slot.count_ptr,
+            out_total=out_total,
+            scratch=scratch,
         )
-    elif bs <= ONE_LAUNCH_MAX_BS:
-        num_entries, requests_per_entry = -(-bs // GROUP), GROUP
-        launches = (("draft_extend_large", grid),)
-    else:  # tiles of whole chunks of a block: 1,000,000 requests make 3,907 of 256
-        requests_per_entry = -(-bs // (MAX_ENTRIES * BLOCK_THREADS)) * BLOCK_THREADS
-        num_entries = -(-bs // requests_per_entry)
-        launches = (("draft_extend_tiles", num_entries), ("draft_extend_tiled", grid))
-    return Geometry(launches, num_entries, requests_per_entry, flags, tiles_per_block)
+        return shape.launches
 
-
-def pack(
-    buffer: bytearray,
-    key: DraftExtendKey,
-    shape: Geometry,
-    *,
-    epoch: int = 0,
-    result: int = 0,
-    launch_count: int = 0,
-    out_total: int = 0,
-    scratch: int = 0,
-) -> None:
-    """Pack ``struct DraftExtendArgs``; pointers that are 0 are not used."""
-    (
-        _,
-        bs,
-        limit,
-        topk,
-        extend_ptr,
-        seq_ptr,
-        expanded_ptr,
-        clamped_ptr,
-        extend_stride,
-        seq_stride,
-        flags,
-        _,
-    ) = key
-    _, num_entries, requests_per_entry, shape_flags, tiles_per_block = shape
-    ARGS.pack_into(
-        buffer,
-        0,
-        extend_ptr,
-        seq_ptr,
-        extend_stride,
-        seq_stride,
-        bs,
-        flags | shape_flags,
-        launch_count,
-        expanded_ptr,
-        clamped_ptr,
-        result,
-        out_total,
-        limit,
-        topk,
-        epoch,
-        tiles_per_block,
-        num_entries,
-        requests_per_entry,
-        scratch,
-        scratch and scratch + 4 * bs,
-    )
+    return AnsweringLaunch(state, pack_slot)
 
 
 def pack_call(
     buffer: bytearray, state: _launch.DeviceState, key: DraftExtendKey, **pointers: int
-) -> tuple[tuple[tuple[str, int], ...], torch.Tensor | None]:
+) -> tuple[Launches, torch.Tensor | None]:
     """Pack a call; its kernels and grids, and the scratch that it needs above ONE_LAUNCH_MAX_BS
     where none is given.
 
@@ -186,29 +72,8 @@ def pack_call(
             key.bs + shape.num_entries, dtype=torch.int32, device=f"cuda:{key.device}"
         )
         pointers["scratch"] = scratch.data_ptr()
-    pack(buffer, key, shape, **pointers)
+    pack(buffer, constants_of(key, shape), addresses_of(key), **pointers)
     return shape.launches, scratch
-
-
-def capture(
-    state: _launch.DeviceState, key: DraftExtendKey, out_total: int = 0, scratch: int = 0
-) -> _graphs.CapturedLaunch:
-    """The launch of a key as a graph that answers in a slot of its own."""
-    shape = shape_of(key, state.num_sms)
-
-    def pack_slot(slot: _launch.Slot) -> tuple[tuple[str, int], ...]:
-        pack(
-            slot.buffer,
-            key,
-            shape,
-            result=slot.address,
-            launch_count=slot.count_ptr,
-            out_total=out_total,
-            scratch=scratch,
-        )
-        return shape.launches
-
-    return _graphs.CapturedLaunch(state, pack_slot)
 
 
 def enqueue(state: _launch.DeviceState, stream: int, key: DraftExtendKey, **pointers: int) -> None:
@@ -237,119 +102,143 @@ def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) ->
     return word
 
 
-# ---- Calls on known tensors ---------------------------------------------------------------------
+# ---- Calls like an earlier one ------------------------------------------------------------------
 
 
-class KnownArguments(NamedTuple):
-    """Of a known call: what a launch with another ``total_tokens`` is packed from."""
+def _run(
+    form: Form, stream: int, addresses: Addresses, tensors: DraftExtendTensors, caches: bool
+) -> int:
+    """Launch the kernels of a call without a captured launch and wait for the result word.
 
-    key: DraftExtendKey
-    room: int  # capacity of the outputs
-    out_total: int
-
-
-class KnownCall:
-    """What is kept for a call on known tensors.
-
-    Captured launches are the cache's: one that it gave up is not kept alive here.
+    Where ``caches`` the call is noted, and captured where it is met again.
     """
+    form.check(tensors, addresses)
+    state = form.state
+    constants, launches = form.cut(addresses)
+    is_due = False
+    slot = state.take_slot()
+    try:
+        pack(slot.buffer, constants, addresses, slot.address, slot.next_epoch())
+        state.launch(slot, stream, launches)
+        if caches:  # while the GPU works
+            key = form, stream, addresses
+            is_due = thread.cache.is_due(key)
+        word = state.wait(slot, stream)
+    except BaseException:
+        state.retire_slot(slot)
+        raise
+    state.give_slot(slot)
+    if is_due:
+        thread.cache.keep(key, capture(state, form.key_at(addresses)))
+    return word
 
-    __slots__ = ("addresses", "arguments", "captured", "guard", "packed", "state")
 
-    def __init__(
-        self,
-        guard: _known.Guard,
-        addresses: tuple[int, ...],
-        state: _launch.DeviceState,
-        arguments: KnownArguments,
-    ) -> None:
-        self.guard = guard
-        self.addresses = addresses
-        self.state = state
-        self.arguments = arguments
-        self.captured: dict[int, weakref.ref[CapturedLaunch]] = {}  # by stream
-        self.packed: dict[int, _launch.PackedLaunch] = {}  # by total_tokens
+def _packed(
+    key: Hashable,
+    form: Form,
+    addresses: Addresses,
+    tensors: DraftExtendTensors,
+    total_tokens: int | None,
+    out_total: torch.Tensor | None = None,
+) -> PackedLaunch:
+    """A launch that does not answer, under ``key`` in the thread's packed launches.
 
-    def captured_for(self, stream: int) -> CapturedLaunch | None:
-        """The captured launch, if it may be replayed on ``stream`` now."""
-        held = self.captured.get(stream)
-        if (
-            held is None
-            or (_env.GRAPH_CACHE in _env.variables and not _env.graph_cache())
-            or (stream and self.state.is_capturing(stream))
-        ):
-            return None
-        captured = held()
+    The oldest of them lends its memory: a new one costs 2 us.
+    """
+    form.check(tensors, addresses)
+    if out_total is not None:
+        _check.out_total(out_total, tensors, form.key)
+    constants, launches = form.cut(addresses, total_tokens)
+    kept = thread.packed
+    if len(kept) < MAX_PACKED:
+        packed = PackedLaunch(b"", launches)
+    else:
+        packed = kept.popitem(last=False)[1]
+        packed.launches = launches
+    out_ptr = 0 if out_total is None else out_total.data_ptr()
+    pack(packed.buffer, constants, addresses, out_total=out_ptr)
+    kept[key] = packed
+    return packed
+
+
+def _look(
+    extend: Any,
+    seq: Any,
+    topk: Any,
+    expanded: Any,
+    clamped: Any,
+    use_adaptive: Any,
+    total_tokens: Any,
+) -> tuple[DraftExtendTensors, DraftExtendKey, Form | None]:
+    """Look at every argument of a call. Tensors, the key without total, the form of later calls."""
+    tensors, key = _check.draft_extend(extend, seq, topk, expanded, clamped, use_adaptive, None)
+    if total_tokens is not None:
+        _given(total_tokens, tensors, key)
+    if key.device < 0:
+        raise _check.not_on_cuda()
+    return tensors, key, _form.make(tensors, key, topk, use_adaptive)
+
+
+def _given(total_tokens: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> int:
+    """A ``total_tokens`` that is right for a call."""
+    if total_tokens.__class__ is int and 0 <= total_tokens <= key.limit:
+        return total_tokens
+    return _check.given_total(total_tokens, key.limit, tensors[2].numel(), tensors[3].numel())
+
+
+def _enqueue(
+    form: Form,
+    addresses: Addresses,
+    tensors: DraftExtendTensors,
+    total_tokens: int | None,
+    out_total: torch.Tensor,
+) -> None:
+    """A call of a form that leaves total and status in ``out_total``."""
+    state = form.state
+    stream = current_raw_stream(form.device)
+    out_ptr = out_total.data_ptr()
+    caches = (  # with total_tokens the launch changes at every step
+        total_tokens is None
+        and (_env.GRAPH_CACHE not in _env.variables or _env.graph_cache())
+        and not (stream and state.is_capturing(stream))
+    )
+    if caches:
+        cache = thread.cache
+        captured = cache.graphs.get((form, stream, addresses, out_ptr))
         if captured is not None:
-            cache = thread.cache
             cache.hits = captured.last_used = cache.hits + 1
-        return captured
-
-    def launch(self, total_tokens: Any) -> bool:
-        """Enqueue with the total given; False where the call has to be looked at again."""
-        if total_tokens.__class__ is not int or (
-            _env.DEBUG_SYNC in _env.variables and _env.debug_sync()
-        ):
-            return False
-        packed = self.packed.get(total_tokens)
-        if packed is None:
-            packed = self._pack(total_tokens)
-            if packed is None:
-                return False
-        state = self.state
-        state.launch(packed, current_raw_stream(state.device), packed.launches)
-        return True
-
-    def _pack(self, total_tokens: int) -> _launch.PackedLaunch | None:
-        """The launch with another total; None where the outputs have no room for it."""
-        key, room, out_total = self.arguments
-        if not 0 <= total_tokens <= room:
-            return None
-        key = key._replace(limit=total_tokens, flags=key.flags | _check.TOTAL_IS_GIVEN)
-        shape = shape_of(key, self.state.num_sms)
-        arguments = bytearray(ARGS.size)
-        pack(arguments, key, shape, out_total=out_total)
-        if len(self.packed) >= MAX_REMEMBERED:
-            self.packed.clear()
-        packed = self.packed[total_tokens] = _launch.PackedLaunch(arguments, shape.launches)
-        return packed
+            cache.launch(captured, stream)
+            return
+    key = form, total_tokens, addresses, out_ptr
+    packed = thread.packed.get(key)
+    if packed is None:
+        packed = _packed(key, form, addresses, tensors, total_tokens, out_total)
+    state.launch(packed, stream, packed.launches)
+    if caches and cache.is_due((form, stream, addresses, out_ptr)):
+        captured = capture(state, form.key_at(addresses), out_ptr)
+        cache.keep((form, stream, addresses, out_ptr), captured)
 
 
-def know(
-    known_key: Hashable,
-    tensors: Sequence[torch.Tensor],
-    key: DraftExtendKey,
-    state: _launch.DeviceState,
-    out_total: int = 0,
-) -> KnownCall | None:
-    """The entry of a call in the thread's known calls; None where none is kept.
-
-    ``tensors`` were checked in this call. An entry of the same objects that were otherwise then is
-    replaced. Above ONE_LAUNCH_MAX_BS a launch needs scratch of its own.
-    """
-    if known_key is None or key.bs > ONE_LAUNCH_MAX_BS:
-        return None
-    calls = thread.known
-    known = calls.find(known_key)
-    if known is not None and known.addresses == _known.addresses(tensors) and known.guard(*tensors):
-        return known
-    if not calls.is_due(known_key):
-        return None
-    guard = _known.guard(tensors)
-    if guard is None:
-        return None
-    room = min(tensors[2].numel(), tensors[3].numel(), INT32_MAX)
-    arguments = KnownArguments(key, room, out_total)
-    known = KnownCall(guard, _known.addresses(tensors), state, arguments)
-    calls.keep(known_key, known, tensors)
-    return known
+def _fill_apart(key: DraftExtendKey, tensors: DraftExtendTensors, total_tokens: int | None) -> int:
+    """A checked call without what forms keep."""
+    state = _launch.device_state(key.device)
+    stream = current_raw_stream(key.device)
+    is_capturing = state.is_capturing(stream)
+    if total_tokens is not None:
+        key = key.with_total(total_tokens)
+        if is_capturing or not _env.debug_sync():
+            enqueue(state, stream, key)
+            return total_tokens
+    elif is_capturing:
+        raise capture_error()
+    return _total(run_plainly(state, stream, key), tensors, key)
 
 
-def know_captured(known: KnownCall | None, stream: int, captured: CapturedLaunch) -> None:
-    if known is not None:
-        if len(known.captured) >= MAX_REMEMBERED:
-            known.captured.clear()
-        known.captured[stream] = weakref.ref(captured)
+def _total(word: int, tensors: DraftExtendTensors, key: DraftExtendKey) -> int:
+    """The total in a result word; raises for a status other than 0."""
+    if word > TOTAL_MASK:
+        raise status_error(word >> 32, word & TOTAL_MASK, tensors, key)
+    return word
 
 
 # ---- The public functions -----------------------------------------------------------------------
@@ -406,102 +295,72 @@ def fill_draft_extend_metadata_cuda(
 
     Source: the layout is that of SGLang's draft-extend metadata for NSA/DSA attention.
     """
-    if is_compiling():
+    if is_dynamo_compiling():
         return _traced.fill(
             "cuda", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
             out_nsa_cache_seqlens, use_adaptive, total_tokens,
         )  # fmt: skip
-    known = known_key = None
-    if nsa_index_topk.__class__ is int and use_adaptive.__class__ is bool:
-        known_key = (
-            id(extend_seq_lens), id(seq_lens), id(out_seqlens_expanded), id(out_nsa_cache_seqlens),
-            nsa_index_topk, use_adaptive,
-        )  # fmt: skip
-        known = thread.known.find(known_key)
-    if (
-        known is not None
-        and known.guard(extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens)
-        and known.addresses
-        == (
-            extend_seq_lens.data_ptr(),
-            seq_lens.data_ptr(),
-            out_seqlens_expanded.data_ptr(),
-            out_nsa_cache_seqlens.data_ptr(),
-        )
-    ):
-        if total_tokens is None:
-            stream = current_raw_stream(known.state.device)
-            captured = known.captured_for(stream)
-            if captured is not None:
-                try:
-                    word = captured.run(stream)
-                except BaseException:  # its late word must not answer a later call
-                    thread.cache.discard(captured)
-                    raise
-                if word <= TOTAL_MASK:
-                    return word
-                tensors, key = _check.draft_extend(
-                    extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
-                    out_nsa_cache_seqlens, use_adaptive, None,
-                )  # fmt: skip
-                raise status_error(word >> 32, word & TOTAL_MASK, tensors, key)
-        elif known.launch(total_tokens):
-            return total_tokens
-    return _fill(
-        known_key, extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
-        out_nsa_cache_seqlens, use_adaptive, total_tokens,
-    )  # fmt: skip
-
-
-def _fill(
-    known_key: Hashable,
-    extend_seq_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    nsa_index_topk: int,
-    out_seqlens_expanded: torch.Tensor,
-    out_nsa_cache_seqlens: torch.Tensor,
-    use_adaptive: bool,
-    total_tokens: int | None,
-) -> int:
-    """A call that is not known: everything is looked at."""
-    tensors, key = _check.draft_extend(
-        extend_seq_lens,
-        seq_lens,
-        nsa_index_topk,
-        out_seqlens_expanded,
-        out_nsa_cache_seqlens,
+    form = _form.find(
+        extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
         use_adaptive,
-        total_tokens,
-    )
-    device = key.device
-    if device < 0:
-        raise _check.not_on_cuda()
-    if not key.bs:
-        return 0 if total_tokens is None else key.limit
-    state = _launch.device_state(device)
-    stream = current_raw_stream(device)
-    if total_tokens is None:
-        if stream and state.is_capturing(stream):
-            raise capture_error()
-    elif not _env.debug_sync() or state.is_capturing(stream):
-        enqueue(state, stream, key)
-        know(known_key, tensors, key, state)
-        return key.limit
-    captured = None
-    if key.bs <= ONE_LAUNCH_MAX_BS and _env.graph_cache():  # above, scratch is per call
-        captured = thread.cache.lookup((stream, key), capture, state, key)
-    if captured is None:
-        word = run_plainly(state, stream, key)
+    )  # fmt: skip
+    if form is None:
+        if is_compiling():  # an export that runs this code
+            return _traced.fill(
+                "cuda", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
+                out_nsa_cache_seqlens, use_adaptive, total_tokens,
+            )  # fmt: skip
+        tensors, checked, form = _look(
+            extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
+            use_adaptive, total_tokens,
+        )  # fmt: skip
+        if form is None:
+            if total_tokens is not None:
+                total_tokens = _given(total_tokens, tensors, checked)
+            if not checked.bs:
+                return total_tokens or 0
+            return _fill_apart(checked, tensors, total_tokens)
+        extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
     else:
-        if total_tokens is None:  # else this is a call under CUPY_NSA_META_DEBUG_SYNC=1
-            know_captured(know(known_key, tensors, key, state), stream, captured)
+        tensors = extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
+    addresses = (
+        extend_seq_lens.data_ptr(),
+        seq_lens.data_ptr(),
+        out_seqlens_expanded.data_ptr(),
+        out_nsa_cache_seqlens.data_ptr(),
+    )
+    stream = current_raw_stream(form.device)
+    if total_tokens is not None:
+        if _env.DEBUG_SYNC in _env.variables and _env.debug_sync():
+            form.check(tensors, addresses)
+            return _fill_apart(
+                form.key_at(addresses), tensors, _given(total_tokens, tensors, form.key)
+            )
+        if total_tokens.__class__ is not int:
+            total_tokens = _given(total_tokens, tensors, form.key)
+        key = form, total_tokens, addresses
+        packed = thread.packed.get(key)
+        if packed is None:
+            total_tokens = _given(total_tokens, tensors, form.key)
+            packed = _packed(key, form, addresses, tensors, total_tokens)
+        form.state.launch(packed, stream, packed.launches)
+        return total_tokens
+    if stream and form.state.is_capturing(stream):
+        raise capture_error()
+    caches = _env.GRAPH_CACHE not in _env.variables or _env.graph_cache()
+    cache = thread.cache
+    captured = cache.graphs.get((form, stream, addresses)) if caches else None
+    if captured is None:
+        word = _run(form, stream, addresses, tensors, caches)
+    else:
+        cache.hits = captured.last_used = cache.hits + 1
         try:
             word = captured.run(stream)
-        except BaseException:
-            thread.cache.discard(captured)
+        except BaseException:  # its late word must not answer a later call
+            cache.discard(captured)
             raise
     if word > TOTAL_MASK:
-        raise status_error(word >> 32, word & TOTAL_MASK, tensors, key)
+        raise status_error(word >> 32, word & TOTAL_MASK, tensors, form.key)
     return word
 
 
@@ -517,72 +376,45 @@ def fill_draft_extend_metadata_cuda_async(
     out_total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``fill_draft_extend_metadata_async`` on the CUDA backend."""
-    known_key = None
-    if out_total is not None and nsa_index_topk.__class__ is int and use_adaptive.__class__ is bool:
-        known_key = (
-            id(extend_seq_lens), id(seq_lens), id(out_seqlens_expanded), id(out_nsa_cache_seqlens),
-            nsa_index_topk, use_adaptive, id(out_total),
-        )  # fmt: skip
-        known = thread.known.find(known_key)
-        if (
-            known is not None
-            and known.guard(
-                extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens, out_total
-            )
-            and known.addresses
-            == (
-                extend_seq_lens.data_ptr(),
-                seq_lens.data_ptr(),
-                out_seqlens_expanded.data_ptr(),
-                out_nsa_cache_seqlens.data_ptr(),
-                out_total.data_ptr(),
-            )
-        ):
-            if total_tokens is not None:
-                if known.launch(total_tokens):
-                    return out_total
-            elif _env.DEBUG_SYNC not in _env.variables or not _env.debug_sync():
-                stream = current_raw_stream(known.state.device)
-                captured = known.captured_for(stream)
-                if captured is not None:
-                    thread.cache.launch(captured, stream)
-                    return out_total
-    tensors, key = _check.draft_extend(
-        extend_seq_lens,
-        seq_lens,
-        nsa_index_topk,
-        out_seqlens_expanded,
-        out_nsa_cache_seqlens,
+    form = _form.find(
+        extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
         use_adaptive,
-        total_tokens,
-    )
-    device = key.device
-    if device < 0:
-        raise _check.not_on_cuda()
-    state = _launch.device_state(device)
+    )  # fmt: skip
+    if form is None:
+        tensors, checked, form = _look(
+            extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
+            use_adaptive, total_tokens,
+        )  # fmt: skip
+        extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
+    else:
+        tensors = extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
+        checked = form.key
+    if total_tokens is not None:
+        total_tokens = _given(total_tokens, tensors, checked)
     if out_total is None:
-        out_total = torch.empty(2, dtype=torch.int32, device=f"cuda:{device}")
+        out_total = torch.empty(2, dtype=torch.int32, device=f"cuda:{checked.device}")
+    elif form is None or not form.knows_total(out_total):
+        out_total = _check.out_total(out_total, tensors, checked)
+        if form is not None:
+            form.know_total(out_total)
+    if form is None:
+        key = checked if total_tokens is None else checked.with_total(total_tokens)
+        state = _launch.device_state(checked.device)
+        stream = current_raw_stream(checked.device)
+        enqueue(state, stream, key, out_total=out_total.data_ptr())
     else:
-        out_total = _check.out_total(out_total, tensors, key)
-    out_ptr = out_total.data_ptr()
-    stream = current_raw_stream(device)
-    captured = None
-    if (  # with total_tokens the key changes at every step
-        total_tokens is None
-        and key.bs <= ONE_LAUNCH_MAX_BS
-        and _env.graph_cache()
-        and not state.is_capturing(stream)
-    ):
-        captured = thread.cache.lookup((stream, key, out_ptr), capture, state, key, out_ptr)
-    if captured is not None:
-        know_captured(know(known_key, (*tensors, out_total), key, state, out_ptr), stream, captured)
-        thread.cache.launch(captured, stream)
-    else:
-        enqueue(state, stream, key, out_total=out_ptr)
-        if total_tokens is not None:
-            know(known_key, (*tensors, out_total), key, state, out_ptr)
-    if _env.debug_sync() and not state.is_capturing(stream):
-        raise_for_status(out_total, tensors, key)
+        addresses = (
+            extend_seq_lens.data_ptr(),
+            seq_lens.data_ptr(),
+            out_seqlens_expanded.data_ptr(),
+            out_nsa_cache_seqlens.data_ptr(),
+        )
+        _enqueue(form, addresses, tensors, total_tokens, out_total)
+    if _env.DEBUG_SYNC in _env.variables and _env.debug_sync():
+        state = _launch.device_state(checked.device)
+        if not state.is_capturing(current_raw_stream(checked.device)):
+            key = checked if total_tokens is None else checked.with_total(total_tokens)
+            raise_for_status(out_total, tensors, key)
     return out_total
 
 

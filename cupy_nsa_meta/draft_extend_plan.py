@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from . import _check, _env, _graphs, _launch, dispatch, draft_extend
-from ._launch import current_raw_stream
+from ._draft_extend_args import ONE_LAUNCH_MAX_BS, shape_of
+from ._launch import EPOCH_MASK, current_raw_stream
 from .draft_extend import (
-    ONE_LAUNCH_MAX_BS,
     TOTAL_MASK,
     capture_error,
     raise_for_status,
@@ -51,7 +51,7 @@ class DraftExtendPlan:
         self._enter = self._tokens.pop
         self._leave = self._tokens.append
         self._device = self._key.device
-        self._captured: _graphs.CapturedLaunch | None = None
+        self._captured: _graphs.AnsweringLaunch | None = None
         self._state: _launch.DeviceState | None = None
         self._backend = dispatch.choose(self._key.device)
         if self._backend is not dispatch.CUDA:
@@ -60,7 +60,7 @@ class DraftExtendPlan:
         # The scratch of the two-launch form belongs to the plan.
         words = 0
         if self._key.bs > ONE_LAUNCH_MAX_BS:
-            shape = draft_extend.shape_of(self._key, self._state.num_sms)
+            shape = shape_of(self._key, self._state.num_sms)
             words = self._key.bs + shape.num_entries
         self._scratch = torch.empty(words, dtype=torch.int32, device=device)
         stream = current_raw_stream(self._key.device)
@@ -72,13 +72,13 @@ class DraftExtendPlan:
             self._state.runtime.streamSynchronize(stream)  # the first launch may be on another one
         self._captured = self._capture()
 
-    def _capture(self) -> _graphs.CapturedLaunch:
+    def _capture(self) -> _graphs.AnsweringLaunch:
         assert self._state is not None
         return draft_extend.capture(
             self._state, self._key, self._outcome.data_ptr(), self._scratch.data_ptr()
         )
 
-    def _capture_anew(self) -> _graphs.CapturedLaunch:
+    def _capture_anew(self) -> _graphs.AnsweringLaunch:
         """After an error or an interrupted wait."""
         assert self._state is not None
         if self._state.is_capturing(current_raw_stream(self._device)):
@@ -106,10 +106,16 @@ class DraftExtendPlan:
                     return self._backend.fill(*self._arguments())
                 captured = self._capture_anew()
             stream = current_raw_stream(self._device)
-            if stream and captured.state.is_capturing(stream):
+            state, slot = captured.state, captured.slot
+            if stream and state.is_capturing(stream):
                 raise capture_error()
-            try:
-                word = captured.run(stream)
+            try:  # CapturedLaunch.run, less its calls
+                slot.epoch = slot.epoch % EPOCH_MASK + 1
+                if state.is_only:
+                    state.graph_launch(captured.graph, stream)
+                else:
+                    state.launch_graph(captured.graph, stream)
+                word = state.wait(slot, stream)
             except BaseException:
                 self._captured = None  # with its slot, whose late word nobody shall read
                 raise
@@ -141,11 +147,16 @@ class DraftExtendPlan:
                     return
                 captured = self._capture_anew()
             stream = current_raw_stream(self._device)
-            if stream and captured.state.is_capturing(stream):
+            state, slot = captured.state, captured.slot
+            if stream and state.is_capturing(stream):
                 self._record()
                 return
-            try:
-                captured.launch(stream)
+            try:  # CapturedLaunch.launch, less its calls
+                slot.epoch = slot.epoch % EPOCH_MASK + 1
+                if state.is_only:
+                    state.graph_launch(captured.graph, stream)
+                else:
+                    state.launch_graph(captured.graph, stream)
             except BaseException:
                 self._captured = None
                 raise

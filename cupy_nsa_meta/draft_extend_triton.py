@@ -17,8 +17,9 @@ from triton import knobs
 
 from . import _check, _env, _traced, reference
 from ._check import DraftExtendKey, DraftExtendTensors
+from ._draft_extend_args import ONE_LAUNCH_MAX_BS
 from ._status import FATAL, draft_extend_error
-from .draft_extend import ONE_LAUNCH_MAX_BS, capture_error, raise_for_status
+from .draft_extend import capture_error, raise_for_status
 
 BLOCK = 1024  # requests per step of the sum, and rows per step of the expansion
 MAX_PROGRAMS = 128  # each owns bs * 8 bytes of scratch

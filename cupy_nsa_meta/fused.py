@@ -48,12 +48,7 @@ PAGE_SIZE_64 = Default(64)
 
 def capture(state: _launch.DeviceState, packed: PackedLaunch) -> CapturedLaunch:
     """The launch as a graph."""
-
-    def pack_slot(slot: _launch.Slot) -> tuple[tuple[str, int], ...]:
-        slot.buffer[:] = packed.buffer
-        return packed.launches
-
-    return CapturedLaunch(state, pack_slot, answers=False)
+    return CapturedLaunch(state, packed, packed.launches)
 
 
 # ---- Calls on known tensors ---------------------------------------------------------------------
@@ -222,7 +217,10 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
             captured = cache.lookup((stream, packed), capture, state, packed)
         if captured is not None:
             try:
-                captured.launch(stream)
+                if state.is_only:
+                    state.graph_launch(captured.graph, stream)
+                else:
+                    state.launch_graph(captured.graph, stream)
             except BaseException:
                 cache.discard(captured)
                 raise

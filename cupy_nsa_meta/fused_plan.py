@@ -21,6 +21,7 @@ from ._graphs import CapturedLaunch
 from ._launch import PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, Status, fused_error
 
+_PLAIN = frozenset((int, type(None)))
 _POINTER = struct.Struct("<Q")
 MAX_REMEMBERED = 1024  # batch sizes
 MAX_GRAPHS = 64  # captured launches, each of one batch size
@@ -87,20 +88,28 @@ class FusedPlan:
         Can be captured; replay takes bs, total_len and pad_to of the capture, and the lengths of
         its own time. Under CUPY_NSA_META_DEBUG_SYNC=1 it is ``run`` outside of captures.
         """
-        key = bs, total_len, pad_to, bs.__class__, total_len.__class__, pad_to.__class__
         try:
-            captured = self._captured.get(key)
+            captured = self._captured.get((bs, total_len, pad_to))
         except TypeError:  # a number that cannot be hashed; the check raises
             captured = None
         if _env.DEBUG_SYNC in _env.variables and _env.debug_sync() and not self._is_capturing():
             self.run(bs, total_len, pad_to=pad_to)
             return
-        if captured is not None:
+        if (
+            captured is not None
+            and (bs is None or bs.__class__ is int)  # 4.0 and True are not 4 and 1
+            and (total_len is None or total_len.__class__ is int)
+            and (pad_to is None or pad_to.__class__ is int)
+        ):
             stream = current_raw_stream(self._device)
-            if not (stream and captured.state.is_capturing(stream)):
-                captured.launch(stream)
+            state = captured.state
+            if not (stream and state.is_capturing(stream)):
+                if state.is_only:
+                    state.graph_launch(captured.graph, stream)
+                else:
+                    state.launch_graph(captured.graph, stream)
                 return
-        self._enqueue(key, self._status)
+        self._enqueue(bs, total_len, pad_to, self._status)
 
     def run(
         self, bs: int | None = None, total_len: int | None = None, *, pad_to: int | None = None
@@ -121,8 +130,7 @@ class FusedPlan:
             word, self._run_status = self._run_status, None
             if word is None:
                 word = torch.zeros_like(self._status)
-            key = bs, total_len, pad_to, bs.__class__, total_len.__class__, pad_to.__class__
-            self._enqueue(key, word)
+            self._enqueue(bs, total_len, pad_to, word)
             met = int(word.item())
             if met:
                 word.zero_()
@@ -153,17 +161,18 @@ class FusedPlan:
     def __reduce__(self) -> Any:
         raise _launch.not_movable(self._name)
 
-    def _enqueue(self, key: tuple[Any, ...], status: torch.Tensor) -> None:
-        """Launch for a batch: its numbers, and their types, since 4.0 and True are not 4 and 1."""
+    def _enqueue(self, bs: Any, total_len: Any, pad_to: Any, status: torch.Tensor) -> None:
+        """Launch for a batch."""
         if is_compiling():
-            _traced.untraced(self._enqueue, key, status)
+            _traced.untraced(self._enqueue, bs, total_len, pad_to, status)
             return
-        bs, total_len, pad_to = key[:3]
         state = self._state
         if state is None:
             met = reference_fused.metadata(self._batch(bs, total_len, pad_to))
             torch.maximum(status, met, out=status)
             return
+        types = type(bs), type(total_len), type(pad_to)
+        key = bs, total_len, pad_to, *types
         try:
             packed = self._packed.get(key)
         except TypeError:  # a number that cannot be hashed; the check raises
@@ -176,10 +185,11 @@ class FusedPlan:
             self._packed[key] = packed
         elif (  # met before: worth a capture
             status is self._status
+            and _PLAIN.issuperset(types)
             and len(self._captured) < MAX_GRAPHS
             and not state.is_capturing(stream)
         ):
-            captured = self._captured[key] = fused.capture(state, packed)
+            captured = self._captured[key[:3]] = fused.capture(state, packed)
             captured.launch(stream)
             return
         if status is not self._status:

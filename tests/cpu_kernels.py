@@ -21,7 +21,14 @@ import pytest
 import torch
 
 from cases import POISON, QUADS_MIN_ROWS, Case, Expected
-from cupy_nsa_meta import _check, _fused_args, _module, draft_extend, fused, reference_fused
+from cupy_nsa_meta import (
+    _check,
+    _draft_extend_args,
+    _fused_args,
+    _module,
+    fused,
+    reference_fused,
+)
 from cupy_nsa_meta._check import DraftExtendKey, FusedCall
 from cupy_nsa_meta._launch import PackedLaunch
 from fused_cases import Built, FusedCase
@@ -136,7 +143,7 @@ def draft_extend_job(case: Case, use_adaptive: bool = True, counted: bool = Fals
     ``counted``: the epoch comes from a launch counter in device memory, as in a captured graph.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft_extend, "QUADS_MIN_ROWS", QUADS_MIN_ROWS)
+        patch.setattr(_draft_extend_args, "QUADS_MIN_ROWS", QUADS_MIN_ROWS)
         return _draft_extend_job(case, use_adaptive, counted)
 
 
@@ -160,13 +167,13 @@ def _draft_extend_job(case: Case, use_adaptive: bool, counted: bool) -> Job:
         | (case.total_tokens is not None) * _check.TOTAL_IS_GIVEN,
         use_adaptive=use_adaptive,
     )
-    shape = draft_extend.shape_of(key, NUM_SMS)
+    shape = _draft_extend_args.shape_of(key, NUM_SMS)
     two_launches = len(shape.launches) > 1
-    args = bytearray(draft_extend.ARGS.size)
-    draft_extend.pack(
+    args = bytearray(_draft_extend_args.ARGS.size)
+    _draft_extend_args.pack(
         args,
-        key,
-        shape,
+        _draft_extend_args.constants_of(key, shape),
+        _draft_extend_args.addresses_of(key),
         epoch=EPOCH,
         result=1,
         launch_count=int(counted),
@@ -196,7 +203,7 @@ def _draft_extend_job(case: Case, use_adaptive: bool, counted: bool) -> Job:
         fields |= {"request_ends": (SCRATCH, 0), "tile_totals": (SCRATCH, 4 * case.bs)}
     if counted:
         fields["launch_count"] = (COUNT, 0)
-    pointers = [(draft_extend.LAYOUT.at(name), *place) for name, place in fields.items()]
+    pointers = [(_draft_extend_args.LAYOUT.at(name), *place) for name, place in fields.items()]
     return Job(buffers, bytes(args), pointers, shape.launches)
 
 

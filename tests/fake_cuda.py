@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from cupy_nsa_meta import _check, _fused_args, _known, _launch, _module, dispatch, draft_extend
+from cupy_nsa_meta import (
+    _check,
+    _draft_extend_args,
+    _fused_args,
+    _known,
+    _launch,
+    _module,
+    dispatch,
+)
 from cupy_nsa_meta._status import INT32_MAX, Status
 from fake_device import forget_calls, set_stream
 
@@ -115,6 +123,7 @@ class FakeCuda:
             hostAllocPortable=1,
             streamCaptureModeRelaxed=2,
             getDevice=lambda: self.current,
+            getDeviceCount=lambda: self.num_devices,
             setDevice=self._set_device,
             hostAlloc=self._host_alloc,
             memsetAsync=lambda ptr, value, size, stream: ctypes.memset(ptr, value, size),
@@ -203,7 +212,7 @@ class FakeCuda:
 
     def run(self, name: str, device: int, args: bytes) -> None:
         is_seed = name.startswith("draft_extend")
-        module = draft_extend if is_seed else _fused_args
+        module = _draft_extend_args if is_seed else _fused_args
         numbers = module.ARGS.unpack_from(args)
         formats = module.LAYOUT.formats.values()
         for pointer in (n for n, format in zip(numbers, formats, strict=True) if format == "Q"):

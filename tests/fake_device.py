@@ -20,6 +20,8 @@ import torch
 
 from cupy_nsa_meta import (
     _check,
+    _draft_extend_args,
+    _form,
     _fused_args,
     _graphs,
     _known,
@@ -96,6 +98,9 @@ class FakeState(_launch.DeviceState):
         self.stems = {"draft_extend", "fused"}
         self.launched: list = []  # (argument bytes, kernels and grids), as they were executed
         self.runtime = FakeRuntime(self)
+        self.is_only = False
+        self._get_device = self.runtime.getDevice
+        self.graph_launch = self.runtime.graphLaunch
         self.cupy = SimpleNamespace(
             cuda=SimpleNamespace(Device=self._on_device, Stream=self._new_stream)
         )
@@ -139,7 +144,7 @@ class FakeState(_launch.DeviceState):
 
     def execute(self, arguments: bytes, launches) -> None:
         is_seed = launches[-1][0].startswith("draft_extend")
-        size = (draft_extend if is_seed else _fused_args).ARGS.size
+        size = (_draft_extend_args if is_seed else _fused_args).ARGS.size
         self.launched.append((arguments[:size], launches))
         if is_seed:
             self._draft_extend(arguments)
@@ -148,7 +153,7 @@ class FakeState(_launch.DeviceState):
         (
             extend_ptr, seq_ptr, extend_stride, seq_stride, bs, flags, count_ptr, expanded_ptr,
             clamped_ptr, result_ptr, out_total_ptr, max_rows, topk, epoch, *_,
-        ) = draft_extend.ARGS.unpack_from(arguments)  # fmt: skip
+        ) = _draft_extend_args.ARGS.unpack_from(arguments)  # fmt: skip
         extend = _array(extend_ptr, bs, extend_stride, flags & _check.EXTEND_IS_INT64)
         seq = _array(seq_ptr, bs, seq_stride, flags & _check.SEQ_IS_INT64)
         outs = [_array(pointer, max_rows, 1, False) for pointer in (expanded_ptr, clamped_ptr)]
@@ -183,6 +188,8 @@ def forget_calls(patch: pytest.MonkeyPatch) -> None:
     thread = _graphs._Thread()
     for module in (_graphs, draft_extend, fused):
         patch.setattr(module, "thread", thread)
+    patch.setattr(_form, "_forms", {})
+    patch.setattr(_form, "_last", None)
     patch.setattr(fused, "_calls", _known.KnownCalls(fused.MAX_KNOWN))
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cupy_nsa_meta import _check, _fused_args, _module, draft_extend
+from cupy_nsa_meta import _check, _draft_extend_args, _fused_args, _module
 
 nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
 
@@ -114,18 +114,18 @@ def test_an_edited_header_changes_the_cache_key(monkeypatch, tmp_path):
 def test_the_constants_of_host_and_device_agree():
     text = _module.source("draft_extend") + (_module.source_dir() / "common.cuh").read_text()
     for device_name, value in {
-        "kBlockThreads": draft_extend.BLOCK_THREADS,
-        "kWarpMaxBs": draft_extend.WARP_MAX_BS,
-        "kMaxItems": draft_extend.MAX_ITEMS,
+        "kBlockThreads": _draft_extend_args.BLOCK_THREADS,
+        "kWarpMaxBs": _draft_extend_args.WARP_MAX_BS,
+        "kMaxItems": _draft_extend_args.MAX_ITEMS,
         "kQuadTileRows": "kQuad * kBlockThreads",
         "kQuadModeRowsPerRequest": "4 * kQuad",
-        "kQuads": draft_extend.QUADS,
-        "kMaxEntries": draft_extend.MAX_ENTRIES,
-        "kGroup": draft_extend.GROUP,
-        "kOneLaunchMaxBs": draft_extend.ONE_LAUNCH_MAX_BS,
+        "kQuads": _draft_extend_args.QUADS,
+        "kMaxEntries": _draft_extend_args.MAX_ENTRIES,
+        "kGroup": _draft_extend_args.GROUP,
+        "kOneLaunchMaxBs": _draft_extend_args.ONE_LAUNCH_MAX_BS,
         "kExtendIsInt64": _check.EXTEND_IS_INT64,
         "kSeqIsInt64": _check.SEQ_IS_INT64,
-        "kLinearSearch": draft_extend.LINEAR_SEARCH,
+        "kLinearSearch": _draft_extend_args.LINEAR_SEARCH,
         "kTotalIsGiven": _check.TOTAL_IS_GIVEN,
     }.items():
         assert re.search(rf"\b{device_name} = {re.escape(str(value))}[,;]", text), device_name
@@ -133,7 +133,7 @@ def test_the_constants_of_host_and_device_agree():
 
 @pytest.mark.parametrize(
     ("stem", "struct", "module"),
-    [("draft_extend", "DraftExtendArgs", draft_extend), ("fused", "FusedArgs", _fused_args)],
+    [("draft_extend", "DraftExtendArgs", _draft_extend_args), ("fused", "FusedArgs", _fused_args)],
 )
 def test_the_fields_of_host_and_device_agree(stem, struct, module):
     text = _module.source(stem)

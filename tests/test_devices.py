@@ -15,7 +15,7 @@ import torch
 
 import cupy_nsa_meta
 import fake_cuda
-from cupy_nsa_meta import _launch, _module, dispatch
+from cupy_nsa_meta import _check, _graphs, _launch, _module, dispatch
 from fused_cases import BY_NAME, Built
 from fused_plans import plan_of
 
@@ -128,6 +128,26 @@ def test_equal_numbers_on_two_devices_are_two_launches(cuda):
             assert plan.run() == 5
     for arguments in given:
         check(arguments)
+
+
+def test_calls_of_two_devices_in_turn_stay_known(cuda, monkeypatch):
+    given = [batch(cuda, device) for device in (0, 1)] * 2
+    given[2:] = [(*given[k][:1], given[k][1].to(torch.int32), *given[k][2:]) for k in (0, 1)]
+    given[2:] = [
+        (extend, cuda._place(seq.as_subclass(torch.Tensor), extend.get_device()), *others)
+        for extend, seq, *others in given[2:]
+    ]
+    for _ in range(3):
+        for arguments in given:
+            assert cupy_nsa_meta.fill_draft_extend_metadata_cuda(*arguments) == 5
+    monkeypatch.setattr(_check, "draft_extend", None)
+    captures = _graphs.cache_info()["captures"]
+    assert captures == 4
+    for _ in range(2):
+        for arguments in given:
+            assert cupy_nsa_meta.fill_draft_extend_metadata_cuda(*arguments) == 5
+            check(arguments)
+    assert _graphs.cache_info()["captures"] == captures
 
 
 MIXED = {

@@ -11,7 +11,15 @@ import torch
 
 import cupy_nsa_meta
 from cases import BY_NAME, CASES, Outputs, case
-from cupy_nsa_meta import _check, _graphs, _known, draft_extend, plan_draft_extend_metadata
+from cupy_nsa_meta import (
+    _check,
+    _draft_extend_args,
+    _form,
+    _graphs,
+    _known,
+    draft_extend,
+    plan_draft_extend_metadata,
+)
 from cupy_nsa_meta._status import FATAL
 from fake_device import FakeState
 from fused_cases import BY_NAME as BY_NAME_FUSED
@@ -21,7 +29,7 @@ from test_plan import check_plan
 
 fill = cupy_nsa_meta.fill_draft_extend_metadata_cuda
 fill_async = cupy_nsa_meta.fill_draft_extend_metadata_async
-SMALL = [item for item in CASES if item.bs and item.bs <= draft_extend.ONE_LAUNCH_MAX_BS]
+SMALL = [item for item in CASES if item.bs and item.bs <= _draft_extend_args.ONE_LAUNCH_MAX_BS]
 
 
 @pytest.fixture
@@ -92,7 +100,7 @@ def test_any_total_of_known_tensors_needs_no_check(fake_device, unchecked):
     assert fake_device.runtime.replays == 0, "a number that varies costs no capture"
 
 
-@pytest.mark.parametrize("total", [-1, 10**6, 2.0, True, "3", None])
+@pytest.mark.parametrize("total", [-1, 10**6, 2.0, True, "3", [5], None])
 def test_a_bad_total_of_known_tensors(total, fake_device):
     arguments, outputs = tensors_of(BY_NAME["contract"])
     for _ in range(3):
@@ -150,7 +158,7 @@ def test_streams_have_launches_of_their_own(fake_device):
         fake_device.stream = stream
         assert fill(*arguments) == BY_NAME["bs_33"].total
     assert _graphs.cache_info()["captures"] == 2
-    assert fake_device.runtime.replays == 6
+    assert fake_device.runtime.replays == 4
 
 
 def test_known_calls_during_a_capture(fake_device):
@@ -242,14 +250,12 @@ def test_slots_of_captured_launches_come_back(fake_device):
 
 
 def test_launches_without_an_answer_leave_slots_alone(fake_device):
-    """Captured launches of the fused family pack in a slot that belongs to others afterwards."""
     decode = Built(BY_NAME_FUSED["decode_basic_ps64"])
     for _ in range(4):
         decode.run()
-    (slot,) = fake_device._free
+    assert not fake_device.slots_made
     arguments, _ = tensors_of(BY_NAME["contract"])
     plan = plan_draft_extend_metadata(*arguments)
-    assert plan._captured.slot is slot
     for _ in range(3):
         assert plan.run() == 5
         decode.run()
@@ -259,13 +265,15 @@ def test_launches_without_an_answer_leave_slots_alone(fake_device):
 
 def test_without_the_guards_of_torch(fake_device, monkeypatch):
     monkeypatch.setattr(_known, "_TensorGuards", None)
+    monkeypatch.setattr(_check, "_layouts", {})
+    monkeypatch.setattr(_check, "_last_layout", _check.Layout(_check.fits_nothing, -1, 1, 1, 0, 0))
     item = BY_NAME["bs_33"]
     arguments, outputs = tensors_of(item)
     for _ in range(4):
         outputs.poison()
         assert fill(*arguments) == item.total
         outputs.check(item.expected())
-    assert not _graphs.thread.known.entries
+    assert not _form._forms
 
 
 def test_plans_on_a_fake_device(fake_device):
@@ -297,8 +305,9 @@ def test_an_output_of_one_element_does_not_let_its_stride_in(stride, function, r
 
 @pytest.mark.parametrize("form", [fill, fill_async])
 def test_slots_come_back_where_packing_fails(form, fake_device, monkeypatch):
-    arguments, _ = tensors_of(BY_NAME["contract"])
-    options = {"total_tokens": 5}
+    item = BY_NAME["bs_16385"]
+    arguments, _ = tensors_of(item)
+    options = {"total_tokens": item.total}
     if form is fill_async:
         options["out_total"] = torch.zeros(2, dtype=torch.int32)
 
@@ -310,6 +319,210 @@ def test_slots_come_back_where_packing_fails(form, fake_device, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError):
             form(*arguments, **options)
     assert len(fake_device._free) == fake_device.slots_made == 1
+
+
+# ---- Forms --------------------------------------------------------------------------------------
+
+
+def anew(arguments):
+    """The same memory as new tensors."""
+    return tuple(t[:] if isinstance(t, torch.Tensor) else t for t in arguments)
+
+
+def test_new_tensors_of_known_memory_are_replayed_without_a_check(fake_device, unchecked):
+    item = BY_NAME["bs_33"]
+    arguments, outputs = tensors_of(item)
+    out_total = torch.zeros(2, dtype=torch.int32)
+    for _ in range(2):
+        assert fill(*anew(arguments)) == item.total
+        fill_async(*anew(arguments), out_total=out_total[:])
+    replays = fake_device.runtime.replays
+    unchecked()
+    outputs.poison()
+    assert fill(*anew(arguments)) == item.total
+    outputs.check(item.expected())
+    outputs.poison()
+    fill_async(*anew(arguments), out_total=out_total[:])
+    assert out_total.tolist() == [item.total, 0]
+    outputs.check(item.expected())
+    assert fake_device.runtime.replays == replays + 2
+
+
+@pytest.mark.parametrize("total", [None, 5, 3])
+def test_memory_that_was_never_seen_needs_no_check(total, fake_device, unchecked):
+    item = dataclasses.replace(BY_NAME["contract"], total_tokens=total)
+    fill(*tensors_of(item)[0])
+    unchecked()
+    kept = []
+    for _ in range(20):
+        arguments, outputs = tensors_of(item)
+        kept.append(outputs)  # no address comes back
+        assert fill(*arguments, total_tokens=total) == (5 if total is None else total)
+        outputs.check(item.expected())
+    assert not fake_device.runtime.replays
+
+
+def test_sizes_that_alternate_are_all_known(fake_device, unchecked):
+    items = [BY_NAME[name] for name in ("contract", "bs_17", "bs_33", "bs_129")]
+    calls = [tensors_of(item) for item in items]
+    for arguments, _ in calls:
+        fill(*arguments)
+        fill(*arguments)
+    unchecked()
+    for _ in range(3):
+        for item, (arguments, outputs) in zip(items, calls, strict=True):
+            outputs.poison()
+            assert fill(*arguments) == item.total
+            outputs.check(item.expected())
+    assert fake_device.runtime.replays == 12
+
+
+OVERLAPS = {
+    "outputs": (lambda m: (m[0:2], m[4:6], m[10:22], m[20:32]), "out_nsa_cache_seqlens"),
+    "extend": (lambda m: (m[21:23], m[4:6], m[10:22], m[30:42]), "out_seqlens_expanded"),
+    "seq": (lambda m: (m[0:2], m[40:42], m[10:22], m[30:42]), "out_nsa_cache_seqlens"),
+}
+
+
+@pytest.mark.parametrize("total", [None, 5])
+@pytest.mark.parametrize("name", OVERLAPS)
+def test_overlaps_of_known_sizes_are_refused(name, total, fake_device):
+    place, wrong = OVERLAPS[name]
+
+    def call(extend, seq, expanded, clamped):
+        return fill(extend, seq, 9, expanded, clamped, total_tokens=total)
+
+    memory = torch.zeros(64, dtype=torch.int32)
+    for _ in range(3):
+        call(memory[0:2], memory[4:6], memory[10:22], memory[30:42])
+    launched, before = len(fake_device.launched), memory.clone()
+    for _ in range(3):
+        with pytest.raises(ValueError, match=f"{wrong}: expected memory of its own"):
+            call(*place(memory))
+    assert len(fake_device.launched) == launched
+    assert (memory == before).all()
+
+
+def test_lengths_between_the_elements_of_an_output_are_looked_at_exactly(fake_device):
+    """The spans meet, the elements do not."""
+    memory = torch.zeros(200, dtype=torch.int32)
+    extend, seq = memory[0:90:30], torch.tensor([9, 9, 9], dtype=torch.int32)
+    for _ in range(3):
+        assert fill(extend, seq, 9, memory[1:29], memory[31:59]) == 0
+    with pytest.raises(ValueError, match="out_seqlens_expanded: expected memory of its own"):
+        fill(extend, seq, 9, memory[3:31], memory[31:59])
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_memory_that_is_gone_is_refused(position, fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for total in (None, None, 5, 5):
+        fill(*arguments, total_tokens=total)
+    tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+    gone = torch.zeros_like(tensors[position])
+    gone.untyped_storage().resize_(0)
+    tensors[position] = gone
+    for total in (None, 5):
+        with pytest.raises(ValueError, match="expected a tensor with memory"):
+            fill(*tensors[:2], arguments[2], *tensors[2:], total_tokens=total)
+
+
+def test_an_out_total_of_known_kind_is_looked_at(fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    memory = torch.zeros(8, dtype=torch.int32)
+    for _ in range(4):
+        fill_async(*arguments, out_total=memory[2:4])
+    launched = len(fake_device.launched)
+    gone = torch.zeros(2, dtype=torch.int32)
+    gone.untyped_storage().resize_(0)
+    for out_total, message in (
+        (memory[2:5], r"expected shape \[2\] .*, got \[3\]"),
+        (memory[2:6:2], "expected a contiguous tensor, got stride 2"),
+        (memory.long()[2:4], "expected dtype torch.int32, got torch.int64"),
+        (memory[2:4].reshape(1, 2), r"expected a 1-D tensor, got shape \[1, 2\]"),
+        (gone, "expected a tensor with memory"),
+        (arguments[3][2:4], "expected memory of its own, got an overlap with out_seqlens_expanded"),
+        ([0, 0], "expected a torch.Tensor or an object with __dlpack__, got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"out_total: {message}"):
+            fill_async(*arguments, out_total=out_total)
+    assert len(fake_device.launched) == launched
+
+
+def test_a_nested_tensor_of_known_size(fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for _ in range(3):
+        fill(*arguments)
+    nested = torch.nested.nested_tensor([torch.zeros(2, dtype=torch.int32)])
+    assert nested.numel() == arguments[0].numel()
+    with pytest.raises(ValueError, match=r"expected a dense tensor \(torch.strided\), got nested"):
+        fill(nested, *arguments[1:])
+
+
+@pytest.mark.parametrize("topk", [9.0, True, None, [9], "9", 0])
+def test_a_bad_topk_of_known_tensors(topk, fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for known in (9, 1):
+        for _ in range(3):
+            fill(*arguments[:2], known, *arguments[3:])
+    with pytest.raises((TypeError, ValueError), match="nsa_index_topk: expected an int >= 1"):
+        fill(*arguments[:2], topk, *arguments[3:])
+
+
+@pytest.mark.parametrize("use_adaptive", [1, 1.0, None, "yes"])
+def test_a_bad_use_adaptive_of_known_tensors(use_adaptive, fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for _ in range(3):
+        fill(*arguments)
+    with pytest.raises(TypeError, match="use_adaptive: expected a bool"):
+        fill(*arguments, use_adaptive)
+
+
+def test_more_totals_than_packed_launches_are_kept(fake_device, monkeypatch):
+    monkeypatch.setattr(draft_extend, "MAX_PACKED", 4)
+    item = BY_NAME["bs_33"]
+    arguments, outputs = tensors_of(item)
+    for _ in range(2):
+        for total in (*range(9), item.total):
+            outputs.poison()
+            assert fill(*arguments, total_tokens=total) == total
+            outputs.check(dataclasses.replace(item, total_tokens=total).expected())
+    assert len(_graphs.thread.packed) == 4
+
+
+def test_a_total_and_none_are_launches_of_their_own(fake_device):
+    """The same form, memory and total; with an out_total and without."""
+    item = BY_NAME["contract"]
+    arguments, _ = tensors_of(item)
+    out_total = torch.zeros(2, dtype=torch.int32)
+    for total in (4, None, 4, 6, None, None):
+        fill(*arguments, total_tokens=4)
+        out_total.fill_(-7)
+        fill_async(*arguments, total_tokens=total, out_total=out_total)
+        assert out_total.tolist() == [5, 0 if total is None else 4]
+
+
+def test_outputs_at_other_places_are_cut_up_otherwise(fake_device, monkeypatch):
+    """Where rows are written four at a time, the places of both outputs decide."""
+    monkeypatch.setattr(_draft_extend_args, "QUADS_MIN_ROWS", 32)
+    memory = torch.zeros(400, dtype=torch.int32)
+    first = (-memory.data_ptr() // 4) % 4  # of 16-byte places
+    extend, seq = torch.tensor([3]), torch.tensor([9])
+    for expanded, clamped, quads in ((0, 200, 1), (1, 200, 0), (0, 202, 0), (4, 204, 1)):
+        outs = [memory[first + place : first + place + 100] for place in (expanded, clamped)]
+        for total in (None, 3):
+            assert fill(extend, seq, 9, *outs, total_tokens=total) == 3
+            ((name, _),) = fake_device.launched[-1][1]
+            wanted = quads and total is None
+            assert name == ("draft_extend_warp_quads" if wanted else "draft_extend_warp")
+
+
+def test_forms_are_bounded(fake_device, monkeypatch):
+    monkeypatch.setattr(_form, "MAX_FORMS", 5)
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for topk in range(1, 30):
+        fill(*arguments[:2], topk, *arguments[3:])
+        assert len(_form._forms) <= 5
 
 
 # ---- Guards -------------------------------------------------------------------------------------
@@ -338,6 +551,13 @@ def test_a_nested_tensor_is_not_shown_to_a_guard():
     assert not _known.is_like(same, (nested,)), "it would end the process"
     assert not _known.is_like(same, (None,))
     assert not _known.is_like(same, (a.to_sparse(),))
+
+
+def test_what_was_met_once_is_bounded():
+    met = _known.MetOnce(3)
+    assert [met.is_again(key) for key in (1, 2, 1, 3, 4, 1, 4)] == [0, 0, 1, 0, 0, 0, 1]
+    met.forget(4)
+    assert not met.is_again(4)
 
 
 def test_known_calls_are_bounded():

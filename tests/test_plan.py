@@ -14,6 +14,7 @@ from backends import check_case
 from cases import BY_NAME, CASES, Outputs, case, random_batches
 from cupy_nsa_meta import (
     _check,
+    _draft_extend_args,
     _graphs,
     _launch,
     _module,
@@ -393,15 +394,15 @@ def test_slots_come_back_when_a_thread_ends():
 
 def test_warmup_reaches_every_kernel():
     """The driver loads a kernel's code at its first launch, which may not be inside a capture."""
-    lengths = torch.zeros(draft_extend.ONE_LAUNCH_MAX_BS + 1, dtype=torch.int32)
-    outs = torch.empty((2, draft_extend.QUADS_MIN_ROWS), dtype=torch.int32)
+    lengths = torch.zeros(_draft_extend_args.ONE_LAUNCH_MAX_BS + 1, dtype=torch.int32)
+    outs = torch.empty((2, _draft_extend_args.QUADS_MIN_ROWS), dtype=torch.int32)
     reached = set()
     for bs, rows in draft_extend.WARM_SIZES:
         _, key = _check.draft_extend(
             lengths[:bs], lengths[:bs], 1, outs[0, :rows], outs[1, :rows], True, None
         )
         key = key._replace(expanded_ptr=1 << 20, clamped_ptr=1 << 24)  # aligned, as on a GPU
-        reached |= {name for name, _ in draft_extend.shape_of(key, 132).launches}
+        reached |= {name for name, _ in _draft_extend_args.shape_of(key, 132).launches}
     assert reached == set(_module.KERNELS["draft_extend"])
 
 

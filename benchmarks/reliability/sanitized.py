@@ -22,7 +22,7 @@ import cases
 import cupy_nsa_meta
 import fused_cases
 from cases import POISON, Case
-from cupy_nsa_meta import _launch, _module, draft_extend
+from cupy_nsa_meta import _draft_extend_args, _launch, _module
 from fused_cases import FUNCTIONS, FusedCase
 
 from . import Result, Settings
@@ -134,7 +134,7 @@ def check(name: str, device: str, fresh: bool) -> Iterator[str]:
 
 def prepare(device: str) -> None:
     """Source lines for the reports, quads at small sizes, a status word that a memset has set."""
-    draft_extend.QUADS_MIN_ROWS = cases.QUADS_MIN_ROWS
+    _draft_extend_args.QUADS_MIN_ROWS = cases.QUADS_MIN_ROWS
     if device == "cpu":
         return
     options = _module.compile_options
