@@ -35,8 +35,8 @@ class Form:
 
     __slots__ = (
         "_bits", "_clamped_bytes", "_cuts", "_expanded_bytes", "_extend_bytes", "_guard",
-        "_layout_guard", "_seq_bytes", "_total_guard", "device", "key", "room", "state", "topk",
-        "use_adaptive",
+        "_layout_guard", "_seq_bytes", "_total_guard", "device", "key", "only_cut", "room", "state",
+        "topk", "use_adaptive",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +63,8 @@ class Form:
         self._clamped_bytes = 4 * tensors[3].numel()
         self._bits = alignment_bits(key.limit)
         self._cuts: dict[tuple[int | None, bool], tuple[Constants, Launches]] = {}
+        #: Of calls without a total where addresses do not matter.
+        self.only_cut = None if self._bits else self.cut((0, 0, 0, 0))
 
     def cut(
         self, addresses: Addresses, total_tokens: int | None = None

@@ -144,7 +144,7 @@ class DeviceState:
         self.sticky_status = status_word(device).data_ptr()
         self._next_slot = count()
         self.slots_made = 0
-        self._free: deque[Slot] = deque()
+        self.free_slots: deque[Slot] = deque()
         self._retired: deque[Slot] = deque()
 
     def _share_words(self, memory: memoryview) -> None:
@@ -162,7 +162,7 @@ class DeviceState:
     def take_slot(self) -> Slot:
         """A slot that no other call uses; give it back only once its word has been read."""
         try:
-            return self._free.pop()
+            return self.free_slots.pop()
         except IndexError:
             number = next(self._next_slot)
         if number < NUM_SLOTS:
@@ -186,7 +186,7 @@ class DeviceState:
         )
 
     def give_slot(self, slot: Slot) -> None:
-        self._free.append(slot)
+        self.free_slots.append(slot)
 
     def retire_slot(self, slot: Slot) -> None:
         """Keep a slot away from later calls until the launch that it waited for has answered."""
@@ -204,19 +204,17 @@ class DeviceState:
             with self.cupy.cuda.Device(self.device):
                 self.launch(arguments, stream, launches)
             return
-        params = arguments.params
+        # The driver's call, 1 us less than that of CuPy's kernel objects.
+        launch, params = self._launch_kernel, arguments.params
         for name, grid in launches:
-            # The driver's call, 1 us less than that of CuPy's kernel objects.
-            call = (
-                self._functions[name], grid, 1, 1, BLOCK_THREADS, 1, 1, 0, stream, params, 0,
-            )  # fmt: skip
+            function = self._functions[name]
             try:
-                self._launch_kernel(*call)
+                launch(function, grid, 1, 1, BLOCK_THREADS, 1, 1, 0, stream, params, 0)
             except self._driver_error as error:
                 if error.status != INVALID_CONTEXT:
                     raise
                 self.runtime.setDevice(self.device)  # a thread that has not used CUDA yet
-                self._launch_kernel(*call)
+                launch(function, grid, 1, 1, BLOCK_THREADS, 1, 1, 0, stream, params, 0)
 
     def launch_graph(self, graph: int, stream: int) -> None:
         """Enqueue a captured launch."""

@@ -29,7 +29,7 @@ from ._draft_extend_args import (
 )
 from ._form import Form
 from ._graphs import AnsweringLaunch, thread
-from ._launch import PackedLaunch, current_raw_stream
+from ._launch import EPOCH_MASK, PackedLaunch, current_raw_stream
 from ._status import draft_extend_error
 
 TOTAL_MASK = 0xFFFFFFFF  # of a result word without its epoch; above, the status
@@ -114,11 +114,15 @@ def _run(
     """
     form.check(tensors, addresses)
     state = form.state
-    constants, launches = form.cut(addresses)
+    constants, launches = form.only_cut or form.cut(addresses)
     is_due = False
-    slot = state.take_slot()
+    try:  # take_slot, less its call
+        slot = state.free_slots.pop()
+    except IndexError:
+        slot = state.take_slot()
     try:
-        pack(slot.buffer, constants, addresses, slot.address, slot.next_epoch())
+        slot.epoch = epoch = slot.epoch % EPOCH_MASK + 1
+        pack(slot.buffer, constants, addresses, slot.address, epoch)
         state.launch(slot, stream, launches)
         if caches:  # while the GPU works
             key = form, stream, addresses
@@ -127,7 +131,7 @@ def _run(
     except BaseException:
         state.retire_slot(slot)
         raise
-    state.give_slot(slot)
+    state.free_slots.append(slot)
     if is_due:
         thread.cache.keep(key, capture(state, form.key_at(addresses)))
     return word

@@ -266,10 +266,15 @@ def fused_packed(call: FusedCall, num_sms: int, tile_sums: int = 0) -> PackedLau
     return template.pack(_fused_args.numbers_of(call), tile_sums)
 
 
-def fused_job(case: FusedCase, tiled: bool = False, total_is_capacity: bool = False) -> FusedJob:
+def fused_job(
+    case: FusedCase,
+    tiled: bool = False,
+    total_is_capacity: bool = False,
+    num_sms: int | None = None,
+) -> FusedJob:
     """The launches that the package would make; ``tiled``: in the form for more than 16,384."""
     call = fused_call(case)._replace(total_is_capacity=total_is_capacity)
-    packed = fused_packed(call, NUM_SMS, tile_sums=1 if tiled else 0)
+    packed = fused_packed(call, num_sms or NUM_SMS, tile_sums=1 if tiled else 0)
     args = packed.buffer[: _fused_args.ARGS.size]
     pointers: list[tuple[int, int, int]] = []
     tensors: list[torch.Tensor] = []

@@ -114,7 +114,7 @@ class FakeState(_launch.DeviceState):
         self.sticky_status = self._status.data_ptr()
         self._next_slot = count()
         self.slots_made = 0
-        self._free: deque[_launch.Slot] = deque()
+        self.free_slots: deque[_launch.Slot] = deque()
         self._retired: deque[_launch.Slot] = deque()
         self.answers = True  # False: result words do not come
 

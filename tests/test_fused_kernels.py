@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import cpu_kernels
-from cpu_kernels import HarnessError
+from cpu_kernels import HarnessError, fused_call
 from cupy_nsa_meta import reference_fused
 from fused_cases import BY_NAME, CASES, FUNCTIONS, random_cases
 from operations import OPERATIONS
@@ -14,8 +14,8 @@ from planted import Patch
 pytestmark = pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")
 
 
-def run_cases(executable, cases, tiled=False):
-    items = [cpu_kernels.fused_job(case, tiled) for case in cases]
+def run_cases(executable, cases, tiled=False, num_sms=None):
+    items = [cpu_kernels.fused_job(case, tiled, num_sms=num_sms) for case in cases]
     results = cpu_kernels.run(executable, [item.job for item in items])
     for item, buffers in zip(items, results, strict=True):
         cpu_kernels.check_fused(item, buffers)
@@ -29,6 +29,13 @@ def random_batches(seed):
 
 def test_named_cases_in_the_two_launch_form():
     run_cases(cpu_kernels.build("plain", stem="fused"), CASES, tiled=True)
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "address"])
+def test_table_blocks_of_a_device_with_many_multiprocessors(sanitizer):
+    """A thread has one item of a row then, and a table more blocks than one."""
+    cases = [case for case in CASES if fused_call(case).bs <= 40]
+    run_cases(cpu_kernels.build(sanitizer, stem="fused"), cases, num_sms=132)
 
 
 def test_a_total_that_only_bounds_the_rows():
@@ -61,6 +68,7 @@ def test_two_launch_form_under_thread_sanitizer():
 
 def test_random_batches_under_address_sanitizer():
     run_cases(cpu_kernels.build("address", stem="fused"), random_batches(21))
+    run_cases(cpu_kernels.build("address", stem="fused"), random_batches(22), num_sms=132)
 
 
 # ---- Planted faults: a check that cannot fail is not one ----------------------------------------

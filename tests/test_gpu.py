@@ -329,7 +329,7 @@ def test_an_interrupted_wait_retires_its_slot(monkeypatch):
     outputs = Outputs(item, DEVICE)
     extend, seq = item.lengths(DEVICE)
     fill_draft_extend_metadata_cuda(extend, seq, 2048, outputs.expanded, outputs.clamped)
-    slot = state._free[-1]
+    slot = state.free_slots[-1]
 
     class Interrupting:
         def __getattr__(self, name):
@@ -345,15 +345,15 @@ def test_an_interrupted_wait_retires_its_slot(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             fill_draft_extend_metadata_cuda(extend, seq, 2048, outputs.expanded, outputs.clamped)
     assert slot in state._retired
-    assert slot not in state._free
+    assert slot not in state.free_slots
     # A call behind it answers for itself; the late word then frees the slot.
     other = torch.tensor([4, 4], dtype=torch.int32, device=DEVICE)
     outs = torch.empty((2, 8), dtype=torch.int32, device=DEVICE)
     assert fill_draft_extend_metadata_cuda(other, seq, 2048, outs[0], outs[1]) == 8
     assert state.words[slot.index] >> _launch.EPOCH_SHIFT == slot.epoch
     monkeypatch.setattr(state, "_next_slot", iter([_launch.NUM_SLOTS] * 3))
-    monkeypatch.setattr(state, "_free", type(state._free)())
-    monkeypatch.setattr(state, "_retired", type(state._free)([slot]))
+    monkeypatch.setattr(state, "_free", type(state.free_slots)())
+    monkeypatch.setattr(state, "_retired", type(state.free_slots)([slot]))
     assert state.take_slot() is slot
     with pytest.raises(RuntimeError, match="result slots"):
         state.take_slot()

@@ -245,7 +245,7 @@ def test_slots_of_captured_launches_come_back(fake_device):
         fill(*arguments[:2], topk, *arguments[3:])
     _graphs.thread.cache.graphs.clear()
     gc.collect()
-    assert len(fake_device._free) == fake_device.slots_made
+    assert len(fake_device.free_slots) == fake_device.slots_made
     assert not fake_device.runtime.graphs
 
 
@@ -318,7 +318,7 @@ def test_slots_come_back_where_packing_fails(form, fake_device, monkeypatch):
     for _ in range(3):
         with pytest.raises(torch.OutOfMemoryError):
             form(*arguments, **options)
-    assert len(fake_device._free) == fake_device.slots_made == 1
+    assert len(fake_device.free_slots) == fake_device.slots_made == 1
 
 
 # ---- Forms --------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_a_deleted_plan_with_a_launch_under_way_keeps_its_slot_away():
     del plan
     gc.collect()
     assert slot in state._retired
-    assert slot not in state._free
+    assert slot not in state.free_slots
     torch.cuda.synchronize()
     outputs.check(item.expected())
     assert state.has_answered(slot)
@@ -386,7 +386,7 @@ def test_slots_come_back_when_a_thread_ends():
         thread.join()
         del thread
         gc.collect()
-        return state.slots_made - len(state._free) - len(state._retired)
+        return state.slots_made - len(state.free_slots) - len(state._retired)
 
     first = slots_in_use()
     assert [slots_in_use() for _ in range(3)] == [first] * 3
