@@ -247,6 +247,7 @@ def out_total(array: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> t
     tensor = array if isinstance(array, _Tensor) else as_tensor("out_total", array, writable=True)
     if not (
         tensor.dtype is _int32
+        and not tensor.is_nested
         and tensor.numel() == 2
         and tensor.stride() == (1,)
         and tensor.get_device() == key.device

@@ -1,14 +1,15 @@
 """Calls of the seed operation that are like an earlier one: all but their addresses is known.
 
 A call lasts a few microseconds, and each attribute of a tensor (dtype, device, size, stride) costs
-0.1 of one. A ``Form`` is what calls on tensors of the same dtypes, sizes and strides share. That a
-call is of a form is told by one guard over all its tensors, whatever objects they are; what is left
+0.1 of one. A ``Form`` is what calls on tensors of the same dtypes, sizes and strides share. From
+the third call on one guard over all tensors tells the form, whatever objects they are; what is left
 are addresses, to be compared with each other and packed, or found among those of captured launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ import torch
 from . import _check, _known, _launch
 from ._check import MIN_ADDRESS, DraftExtendKey, DraftExtendTensors
 from ._draft_extend_args import (
-    ONE_LAUNCH_MAX_BS,
     Addresses,
     Constants,
     Launches,
@@ -24,6 +24,7 @@ from ._draft_extend_args import (
     constants_of,
     geometry,
 )
+from ._graphs import thread
 from ._known import Guard
 
 MAX_FORMS = 1024
@@ -31,31 +32,23 @@ MAX_TOTALS = 256  # of a form
 
 
 class Form:
-    """What calls on tensors of the same dtypes, sizes and strides share. Keeps no tensor alive."""
+    """The numbers that calls share which differ in addresses alone. Keeps no tensor alive.
+
+    There is one form of the same numbers, until there are MAX_FORMS and all are forgotten.
+    """
 
     __slots__ = (
-        "_bits", "_clamped_bytes", "_cuts", "_expanded_bytes", "_extend_bytes", "_guard",
-        "_layout_guard", "_seq_bytes", "_total_guard", "device", "key", "only_cut", "room", "state",
-        "topk", "use_adaptive",
+        "_bits", "_clamped_bytes", "_cuts", "_expanded_bytes", "_extend_bytes", "_seq_bytes",
+        "_total_guard", "device", "key", "number", "only_cut", "state",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        layout: _check.Layout,
-        tensors: DraftExtendTensors,
-        key: DraftExtendKey,
-        topk: int,
-        use_adaptive: bool,
-    ) -> None:
-        self._layout_guard = layout.guard  # whatever the sizes
-        self._guard: Guard | None = None  # made when the form is met again
-        self._total_guard: Guard | None = None  # of an ``out_total``
+    def __init__(self, tensors: DraftExtendTensors, key: DraftExtendKey) -> None:
+        #: Names the form in the keys of launches; never used again.
+        self.number = next(_numbers)
+        #: Of the first call: its addresses are not those of others (``key_at``).
+        self.key = key
         self.device = key.device
         self.state = _launch.device_state(key.device)
-        self.key = key
-        self.room = key.limit  # capacity of the outputs
-        self.topk = topk
-        self.use_adaptive = use_adaptive
         last = key.bs - 1
         self._extend_bytes = tensors[0].element_size() * (last * key.extend_stride + 1)
         self._seq_bytes = tensors[1].element_size() * (last * key.seq_stride + 1)
@@ -63,8 +56,9 @@ class Form:
         self._clamped_bytes = 4 * tensors[3].numel()
         self._bits = alignment_bits(key.limit)
         self._cuts: dict[tuple[int | None, bool], tuple[Constants, Launches]] = {}
-        #: Of calls without a total where addresses do not matter.
-        self.only_cut = None if self._bits else self.cut((0, 0, 0, 0))
+        #: That of calls without a total where addresses do not matter, once it was asked for.
+        self.only_cut: tuple[Constants, Launches] | None = None
+        self._total_guard: Guard | None = None  # of an ``out_total``
 
     def cut(
         self, addresses: Addresses, total_tokens: int | None = None
@@ -82,9 +76,12 @@ class Form:
         if len(self._cuts) >= MAX_TOTALS:
             self._cuts.clear()
         cut = self._cuts[total_tokens, is_aligned] = constants_of(key, shape), shape.launches
+        if total_tokens is None and not self._bits:
+            self.only_cut = cut
         return cut
 
     def key_at(self, addresses: Addresses) -> DraftExtendKey:
+        """The key of a call of this form."""
         extend_ptr, seq_ptr, expanded_ptr, clamped_ptr = addresses
         return self.key._replace(
             extend_ptr=extend_ptr,
@@ -110,7 +107,7 @@ class Form:
             or (seq_ptr < clamped_end and clamped_ptr < seq_ptr + self._seq_bytes)
         ):
             extend, seq, expanded, clamped = tensors
-            _check.draft_extend(extend, seq, self.topk, expanded, clamped, True, None)
+            _check.draft_extend(extend, seq, self.key.topk, expanded, clamped, True, None)
 
     def knows_total(self, out_total: Any) -> bool:
         """Whether an ``out_total`` is like one that was checked; its address is not looked at."""
@@ -120,25 +117,29 @@ class Form:
                 and not out_total.is_nested
                 and self._total_guard(out_total)
             )
-        except (AttributeError, TypeError):  # no tensor
+        except Exception:  # no tensor; the check says so
             return False
 
     def know_total(self, out_total: torch.Tensor) -> None:
         self._total_guard = _known.guard((out_total,))
 
 
+class _Likeness:
+    """By what calls of a form are recognised."""
+
+    __slots__ = ("form", "guard", "topk", "use_adaptive")
+
+    def __init__(self, guard: Guard, topk: int, use_adaptive: bool, form: Form) -> None:
+        self.guard = guard  # over types, dtypes, devices, sizes and strides
+        self.topk = topk
+        self.use_adaptive = use_adaptive
+        self.form = form
+
+
+_numbers = count()
 _forms: dict[Hashable, Form] = {}
-_last: Form | None = None  # of the last call
-
-
-def _key(
-    extend: Any, seq: Any, topk: Any, expanded: Any, clamped: Any, use_adaptive: Any
-) -> Hashable:
-    """What tells one form from most others; the rest is for its guard."""
-    return (
-        extend.numel(), seq.numel(), expanded.numel(), clamped.numel(), topk, use_adaptive,
-        extend.get_device(), extend.dtype, seq.dtype,
-    )  # fmt: skip
+_likenesses: dict[Hashable, _Likeness] = {}
+_last: _Likeness | None = None
 
 
 def find(
@@ -149,51 +150,61 @@ def find(
     try:
         if extend.is_nested or seq.is_nested or expanded.is_nested or clamped.is_nested:
             return None  # shown to a guard it ends the process
-        form = _last
+        like = _last
         if (
-            form is not None
+            like is not None
             and topk.__class__ is int
-            and topk == form.topk
-            and use_adaptive is form.use_adaptive
-            and form._guard is not None
-            and form._guard(extend, seq, expanded, clamped)
+            and topk == like.topk
+            and use_adaptive is like.use_adaptive
+            and like.guard(extend, seq, expanded, clamped)
         ):
-            return form
-        form = _forms.get(_key(extend, seq, topk, expanded, clamped, use_adaptive))
+            return like.form
+        like = _likenesses.get(_name(extend, seq, topk, expanded, clamped, use_adaptive))
         if (
-            form is None
-            or topk.__class__ is not int
+            like is None
+            or topk.__class__ is not int  # 4.0 and True are not 4 and 1
             or use_adaptive.__class__ is not bool
-            or not form._layout_guard(extend, seq, expanded, clamped)
+            or not like.guard(extend, seq, expanded, clamped)
         ):
             return None
-    except (AttributeError, TypeError):  # no tensors, or a number that cannot be hashed
+    except Exception:  # whatever is no tensor or number; the check says what
         return None
-    if form._guard is None:
-        form._guard = _known.guard((extend, seq, expanded, clamped))
-    _last = form
-    return form
+    _last = like
+    return like.form
 
 
-def make(
-    tensors: DraftExtendTensors, key: DraftExtendKey, topk: Any, use_adaptive: Any
-) -> Form | None:
-    """The form of a call that was checked, from now on that of later ones; None: it has none.
+def form_of(tensors: DraftExtendTensors, key: DraftExtendKey, topk: Any, use_adaptive: Any) -> Form:
+    """The form of a call that was checked; later ones are recognised once it is met again.
 
-    ``key``, ``topk`` and ``use_adaptive`` are what was checked and how it was given.
+    ``key`` is the call without a total, ``topk`` and ``use_adaptive`` are as they were given.
     """
-    if (
-        not 0 < key.bs <= ONE_LAUNCH_MAX_BS  # above, a launch needs scratch of its own
-        or topk.__class__ is not int
-        or use_adaptive.__class__ is not bool
-    ):
-        return None
-    layout = _check.layout_of(tensors)
-    if layout.guard is _check.fits_nothing:
-        return None
-    if len(_forms) >= MAX_FORMS:
-        _forms.clear()
-    form = Form(layout, tensors, key, topk, use_adaptive)
     extend, seq, expanded, clamped = tensors
-    _forms[_key(extend, seq, topk, expanded, clamped, use_adaptive)] = form
+    numbers = (
+        key.device, key.bs, key.limit, key.topk, key.extend_stride, key.seq_stride, key.flags,
+        key.use_adaptive, expanded.numel(), clamped.numel(),
+    )  # fmt: skip
+    form = _forms.get(numbers)
+    if form is None:
+        if len(_forms) >= MAX_FORMS:
+            _forms.clear()
+        form = _forms[numbers] = Form(tensors, key)
+    if topk.__class__ is int and use_adaptive.__class__ is bool:
+        name = _name(extend, seq, topk, expanded, clamped, use_adaptive)
+        if thread.met_forms.is_again(name):
+            thread.met_forms.forget(name)
+            guard = _known.guard(tensors)
+            if guard is not None:
+                if len(_likenesses) >= MAX_FORMS:
+                    _likenesses.clear()
+                _likenesses[name] = _Likeness(guard, topk, use_adaptive, form)
     return form
+
+
+def _name(
+    extend: Any, seq: Any, topk: Any, expanded: Any, clamped: Any, use_adaptive: Any
+) -> Hashable:
+    """Tells likenesses apart. Of those that differ in more (a subclass) the last one is kept."""
+    return (
+        extend.numel(), seq.numel(), expanded.numel(), clamped.numel(), topk, use_adaptive,
+        extend.get_device(), extend.dtype, seq.dtype, extend.stride(), seq.stride(),
+    )  # fmt: skip

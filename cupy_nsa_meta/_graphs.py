@@ -184,6 +184,8 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.cache = Cache()
         self.packed: OrderedDict[Hashable, PackedLaunch] = OrderedDict()
+        self.met_packed = MetOnce(MAX_GRAPHS)
+        self.met_forms = MetOnce(MAX_GRAPHS)
 
 
 thread = _Thread()

@@ -81,6 +81,21 @@ class Arguments:
         self.params = ctypes.addressof(self._params)  # void** kernelParams
 
 
+#: For launches that are not kept: as many as threads that make one at the same time.
+_spare_arguments: deque[Arguments] = deque()
+
+
+def take_arguments() -> Arguments:
+    """Arguments that nobody else uses; give them back after the launch."""
+    try:
+        return _spare_arguments.pop()
+    except IndexError:
+        return Arguments()
+
+
+give_arguments = _spare_arguments.append
+
+
 class PackedLaunch(Arguments):
     """A launch that can be made again, by any thread: arguments, kernels and grids in order."""
 

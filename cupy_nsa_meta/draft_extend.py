@@ -30,7 +30,7 @@ from ._draft_extend_args import (
 from ._form import Form
 from ._graphs import AnsweringLaunch, thread
 from ._launch import EPOCH_MASK, PackedLaunch, current_raw_stream
-from ._status import draft_extend_error
+from ._status import INT32_MAX, draft_extend_error
 
 TOTAL_MASK = 0xFFFFFFFF  # of a result word without its epoch; above, the status
 MAX_PACKED = 256  # per thread
@@ -78,12 +78,12 @@ def pack_call(
 
 def enqueue(state: _launch.DeviceState, stream: int, key: DraftExtendKey, **pointers: int) -> None:
     """Launch the kernels themselves, which do not answer."""
-    slot = state.take_slot()
+    arguments = _launch.take_arguments()
     try:
-        launches, _scratch = pack_call(slot.buffer, state, key, **pointers)
-        state.launch(slot, stream, launches)
+        launches, _scratch = pack_call(arguments.buffer, state, key, **pointers)
+        state.launch(arguments, stream, launches)
     finally:
-        state.give_slot(slot)
+        _launch.give_arguments(arguments)
 
 
 def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
@@ -102,7 +102,41 @@ def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) ->
     return word
 
 
-# ---- Calls like an earlier one ------------------------------------------------------------------
+# ---- Calls of a form ----------------------------------------------------------------------------
+
+
+def _look(
+    extend: Any,
+    seq: Any,
+    topk: Any,
+    expanded: Any,
+    clamped: Any,
+    use_adaptive: Any,
+    total_tokens: Any,
+) -> tuple[DraftExtendTensors, DraftExtendKey, int | None]:
+    """Look at every argument of a call: tensors, the key without a total, the total."""
+    tensors, key = _check.draft_extend(
+        extend, seq, topk, expanded, clamped, use_adaptive, total_tokens
+    )
+    if key.device < 0:
+        raise _check.not_on_cuda()
+    if total_tokens is not None:
+        total_tokens = key.limit
+        room = min(tensors[2].numel(), tensors[3].numel(), INT32_MAX)
+        key = key._replace(limit=room, flags=key.flags & ~_check.TOTAL_IS_GIVEN)
+    return tensors, key, total_tokens
+
+
+def _has_form(key: DraftExtendKey) -> bool:
+    """Above ONE_LAUNCH_MAX_BS a launch needs scratch of its own."""
+    return 0 < key.bs <= ONE_LAUNCH_MAX_BS
+
+
+def _given(total_tokens: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> int:
+    """A ``total_tokens`` that is right for a call."""
+    if total_tokens.__class__ is int and 0 <= total_tokens <= key.limit:
+        return total_tokens
+    return _check.given_total(total_tokens, key.limit, tensors[2].numel(), tensors[3].numel())
 
 
 def _run(
@@ -125,7 +159,7 @@ def _run(
         pack(slot.buffer, constants, addresses, slot.address, epoch)
         state.launch(slot, stream, launches)
         if caches:  # while the GPU works
-            key = form, stream, addresses
+            key = form.number, stream, addresses
             is_due = thread.cache.is_due(key)
         word = state.wait(slot, stream)
     except BaseException:
@@ -133,61 +167,52 @@ def _run(
         raise
     state.free_slots.append(slot)
     if is_due:
-        thread.cache.keep(key, capture(state, form.key_at(addresses)))
+        _keep_captured(key, form, addresses)
     return word
 
 
-def _packed(
+def _keep_captured(key: Hashable, form: Form, addresses: Addresses, out_total: int = 0) -> None:
+    """Capture a call that has been made, for the next one."""
+    try:
+        captured = capture(form.state, form.key_at(addresses), out_total)
+    except Exception:  # out of memory, or of slots: this call is done, later ones are launched
+        return
+    thread.cache.keep(key, captured)
+
+
+def _launch_packed(
     key: Hashable,
     form: Form,
+    stream: int,
     addresses: Addresses,
     tensors: DraftExtendTensors,
     total_tokens: int | None,
     out_total: torch.Tensor | None = None,
-) -> PackedLaunch:
-    """A launch that does not answer, under ``key`` in the thread's packed launches.
+) -> None:
+    """A launch that does not answer and is not among the thread's packed ones.
 
-    The oldest of them lends its memory: a new one costs 2 us.
+    Met again, it is kept there under ``key``.
     """
     form.check(tensors, addresses)
+    out_ptr = 0
     if out_total is not None:
         _check.out_total(out_total, tensors, form.key)
+        out_ptr = out_total.data_ptr()
     constants, launches = form.cut(addresses, total_tokens)
-    kept = thread.packed
-    if len(kept) < MAX_PACKED:
+    if thread.met_packed.is_again(key):
         packed = PackedLaunch(b"", launches)
-    else:
-        packed = kept.popitem(last=False)[1]
-        packed.launches = launches
-    out_ptr = 0 if out_total is None else out_total.data_ptr()
-    pack(packed.buffer, constants, addresses, out_total=out_ptr)
-    kept[key] = packed
-    return packed
-
-
-def _look(
-    extend: Any,
-    seq: Any,
-    topk: Any,
-    expanded: Any,
-    clamped: Any,
-    use_adaptive: Any,
-    total_tokens: Any,
-) -> tuple[DraftExtendTensors, DraftExtendKey, Form | None]:
-    """Look at every argument of a call. Tensors, the key without total, the form of later calls."""
-    tensors, key = _check.draft_extend(extend, seq, topk, expanded, clamped, use_adaptive, None)
-    if total_tokens is not None:
-        _given(total_tokens, tensors, key)
-    if key.device < 0:
-        raise _check.not_on_cuda()
-    return tensors, key, _form.make(tensors, key, topk, use_adaptive)
-
-
-def _given(total_tokens: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> int:
-    """A ``total_tokens`` that is right for a call."""
-    if total_tokens.__class__ is int and 0 <= total_tokens <= key.limit:
-        return total_tokens
-    return _check.given_total(total_tokens, key.limit, tensors[2].numel(), tensors[3].numel())
+        pack(packed.buffer, constants, addresses, out_total=out_ptr)
+        if len(thread.packed) >= MAX_PACKED:
+            thread.packed.popitem(last=False)
+        thread.packed[key] = packed
+        form.state.launch(packed, stream, launches)
+        return
+    arguments = _launch.take_arguments()
+    try:
+        pack(arguments.buffer, constants, addresses, out_total=out_ptr)
+        form.state.launch(arguments, stream, launches)
+    finally:
+        _launch.give_arguments(arguments)
 
 
 def _enqueue(
@@ -197,7 +222,7 @@ def _enqueue(
     total_tokens: int | None,
     out_total: torch.Tensor,
 ) -> None:
-    """A call of a form that leaves total and status in ``out_total``."""
+    """A call that leaves total and status in ``out_total``."""
     state = form.state
     stream = current_raw_stream(form.device)
     out_ptr = out_total.data_ptr()
@@ -208,23 +233,25 @@ def _enqueue(
     )
     if caches:
         cache = thread.cache
-        captured = cache.graphs.get((form, stream, addresses, out_ptr))
+        captured = cache.graphs.get((form.number, stream, addresses, out_ptr))
         if captured is not None:
             cache.hits = captured.last_used = cache.hits + 1
             cache.launch(captured, stream)
             return
-    key = form, total_tokens, addresses, out_ptr
+    key = form.number, total_tokens, addresses, out_ptr
     packed = thread.packed.get(key)
     if packed is None:
-        packed = _packed(key, form, addresses, tensors, total_tokens, out_total)
-    state.launch(packed, stream, packed.launches)
-    if caches and cache.is_due((form, stream, addresses, out_ptr)):
-        captured = capture(state, form.key_at(addresses), out_ptr)
-        cache.keep((form, stream, addresses, out_ptr), captured)
+        _launch_packed(key, form, stream, addresses, tensors, total_tokens, out_total)
+    else:
+        state.launch(packed, stream, packed.launches)
+    if caches:
+        graph_key = form.number, stream, addresses, out_ptr
+        if cache.is_due(graph_key):
+            _keep_captured(graph_key, form, addresses, out_ptr)
 
 
 def _fill_apart(key: DraftExtendKey, tensors: DraftExtendTensors, total_tokens: int | None) -> int:
-    """A checked call without what forms keep."""
+    """A checked call, launched without what is kept of others."""
     state = _launch.device_state(key.device)
     stream = current_raw_stream(key.device)
     is_capturing = state.is_capturing(stream)
@@ -235,11 +262,7 @@ def _fill_apart(key: DraftExtendKey, tensors: DraftExtendTensors, total_tokens: 
             return total_tokens
     elif is_capturing:
         raise capture_error()
-    return _total(run_plainly(state, stream, key), tensors, key)
-
-
-def _total(word: int, tensors: DraftExtendTensors, key: DraftExtendKey) -> int:
-    """The total in a result word; raises for a status other than 0."""
+    word = run_plainly(state, stream, key)
     if word > TOTAL_MASK:
         raise status_error(word >> 32, word & TOTAL_MASK, tensors, key)
     return word
@@ -309,21 +332,20 @@ def fill_draft_extend_metadata_cuda(
         use_adaptive,
     )  # fmt: skip
     if form is None:
-        if is_compiling():  # an export that runs this code
+        if is_compiling():  # an export, which runs this code with tensors that no guard lets in
             return _traced.fill(
                 "cuda", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
                 out_nsa_cache_seqlens, use_adaptive, total_tokens,
             )  # fmt: skip
-        tensors, checked, form = _look(
+        tensors, checked, total_tokens = _look(
             extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
             use_adaptive, total_tokens,
         )  # fmt: skip
-        if form is None:
-            if total_tokens is not None:
-                total_tokens = _given(total_tokens, tensors, checked)
-            if not checked.bs:
-                return total_tokens or 0
+        if not checked.bs:
+            return total_tokens or 0
+        if not _has_form(checked):
             return _fill_apart(checked, tensors, total_tokens)
+        form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
     else:
         tensors = extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
@@ -335,25 +357,22 @@ def fill_draft_extend_metadata_cuda(
     )
     stream = current_raw_stream(form.device)
     if total_tokens is not None:
+        total_tokens = _given(total_tokens, tensors, form.key)
         if _env.DEBUG_SYNC in _env.variables and _env.debug_sync():
             form.check(tensors, addresses)
-            return _fill_apart(
-                form.key_at(addresses), tensors, _given(total_tokens, tensors, form.key)
-            )
-        if total_tokens.__class__ is not int:
-            total_tokens = _given(total_tokens, tensors, form.key)
-        key = form, total_tokens, addresses
+            return _fill_apart(form.key_at(addresses), tensors, total_tokens)
+        key = form.number, total_tokens, addresses
         packed = thread.packed.get(key)
         if packed is None:
-            total_tokens = _given(total_tokens, tensors, form.key)
-            packed = _packed(key, form, addresses, tensors, total_tokens)
-        form.state.launch(packed, stream, packed.launches)
+            _launch_packed(key, form, stream, addresses, tensors, total_tokens)
+        else:
+            form.state.launch(packed, stream, packed.launches)
         return total_tokens
     if stream and form.state.is_capturing(stream):
         raise capture_error()
     caches = _env.GRAPH_CACHE not in _env.variables or _env.graph_cache()
     cache = thread.cache
-    captured = cache.graphs.get((form, stream, addresses)) if caches else None
+    captured = cache.graphs.get((form.number, stream, addresses)) if caches else None
     if captured is None:
         word = _run(form, stream, addresses, tensors, caches)
     else:
@@ -385,10 +404,12 @@ def fill_draft_extend_metadata_cuda_async(
         use_adaptive,
     )  # fmt: skip
     if form is None:
-        tensors, checked, form = _look(
+        tensors, checked, total_tokens = _look(
             extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
             use_adaptive, total_tokens,
         )  # fmt: skip
+        if _has_form(checked):
+            form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
     else:
         tensors = extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens

@@ -109,7 +109,7 @@ class DraftExtendPlan:
             state, slot = captured.state, captured.slot
             if stream and state.is_capturing(stream):
                 raise capture_error()
-            try:  # CapturedLaunch.run, less its calls
+            try:  # AnsweringLaunch.run, less its calls
                 slot.epoch = slot.epoch % EPOCH_MASK + 1
                 if state.is_only:
                     state.graph_launch(captured.graph, stream)
@@ -151,7 +151,7 @@ class DraftExtendPlan:
             if stream and state.is_capturing(stream):
                 self._record()
                 return
-            try:  # CapturedLaunch.launch, less its calls
+            try:  # AnsweringLaunch.launch, less its calls
                 slot.epoch = slot.epoch % EPOCH_MASK + 1
                 if state.is_only:
                     state.graph_launch(captured.graph, stream)

@@ -6,7 +6,6 @@ Device twin: ``cuda_src/fused.cu``, whose arguments ``_fused_args.py`` packs. Sp
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from operator import itemgetter
@@ -26,7 +25,7 @@ from ._fused_args import (
     numbers_of,
 )
 from ._graphs import CapturedLaunch, thread
-from ._launch import Arguments, PackedLaunch
+from ._launch import PackedLaunch
 from ._status import INT32_MAX, Status, fused_error
 from .dispatch import cuda_unavailable_reason
 
@@ -101,31 +100,25 @@ class _KnownCall:
             state.launch(packed, stream, packed.launches)
             return
         self.keep(scalars, None)
-        try:
-            arguments = _spare_arguments.pop()
-        except IndexError:
-            arguments = Arguments()
+        arguments = _launch.take_arguments()
         try:
             state.launch(arguments, stream, template.fill(arguments.buffer, numbers))
         finally:
-            _spare_arguments.append(arguments)
+            _launch.give_arguments(arguments)
 
 
-MAX_KNOWN = 256
+MAX_KNOWN = 256  # calls of one operation
 MAX_PACKED = 1024  # of one known call
-_calls: _known.KnownCalls[_KnownCall] = _known.KnownCalls(MAX_KNOWN)
-#: For launches that are not kept: as many as threads that make one at the same time.
-_spare_arguments: deque[Arguments] = deque()
 _CUDA_BACKENDS = ("auto", "cuda")
 
 
 class _Op(NamedTuple):
     """How the numbers of a call follow from its scalars, of which the first few may vary."""
 
-    name: str
     num_varying: int
     #: From scalars and the numbers of the call checked before; None: to be checked.
     numbers: Callable[[tuple[Any, ...], Numbers], Numbers | None]
+    known: _known.KnownCalls[_KnownCall]  # by the ids of a call's tensors
 
 
 def _decode_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers:
@@ -154,10 +147,10 @@ def _extend_numbers(scalars: tuple[Any, ...], most: Numbers) -> Numbers | None:
     return Numbers(most.bs, total_len, pad_to, -1)
 
 
-_DECODE = _Op("decode", 1, _decode_numbers)
-_VERIFY = _Op("verify", 1, _verify_numbers)
-_DRAFT_EXTEND = _Op("draft_extend", 2, _draft_extend_numbers)
-_EXTEND = _Op("extend", 2, _extend_numbers)
+_DECODE = _Op(1, _decode_numbers, _known.KnownCalls(MAX_KNOWN))
+_VERIFY = _Op(1, _verify_numbers, _known.KnownCalls(MAX_KNOWN))
+_DRAFT_EXTEND = _Op(2, _draft_extend_numbers, _known.KnownCalls(MAX_KNOWN))
+_EXTEND = _Op(2, _extend_numbers, _known.KnownCalls(MAX_KNOWN))
 
 
 class _Met(NamedTuple):
@@ -172,8 +165,8 @@ class _Met(NamedTuple):
 
 def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met | None:
     """Launch a call that is known; None when that was done."""
-    key = (op.name, *map(id, tensors))
-    known = _calls.find(key)
+    key = tuple(map(id, tensors))
+    known = op.known.find(key)
     if known is None:
         return _Met(op, key, tensors, scalars, None)
     present = known.pick(tensors)
@@ -238,7 +231,7 @@ def _keep(
 ) -> None:
     """Keep what is known of a call that was checked, when its tensors are met again."""
     op, key, tensors, scalars, known = met
-    if known is None and not _calls.is_due(key):
+    if known is None and not op.known.is_due(key):
         return
     is_plain = _PLAIN_TYPES.issuperset(map(type, scalars))
     checked = _Checked(template, numbers, scalars[op.num_varying :] if is_plain else ())
@@ -255,7 +248,7 @@ def _keep(
         pick = itemgetter(*places.values())
         known = _KnownCall(pick, guard, _known.addresses(present), state, checked)
         known.keep(scalars, packed)
-        _calls.keep(key, known, present)
+        op.known.keep(key, known, present)
 
 
 _PLAIN_TYPES = frozenset((int, bool, type(None)))  # not those of ``_typed``

@@ -183,14 +183,27 @@ def _array(pointer: int, size: int, stride: int, is_int64: object) -> np.ndarray
     return np.ndarray((size,), dtype, memory, strides=(stride * dtype.itemsize,))
 
 
+#: Names in ``fused.py``.
+FUSED_OPS = {
+    "decode": "_DECODE", "verify": "_VERIFY", "draft_extend": "_DRAFT_EXTEND", "extend": "_EXTEND",
+}  # fmt: skip
+
+
+def forget_fused_calls(patch: pytest.MonkeyPatch, op: str) -> None:
+    known = _known.KnownCalls(fused.MAX_KNOWN)
+    patch.setattr(fused, op, getattr(fused, op)._replace(known=known))
+
+
 def forget_calls(patch: pytest.MonkeyPatch) -> None:
     """No captured launch and no known call."""
     thread = _graphs._Thread()
-    for module in (_graphs, draft_extend, fused):
+    for module in (_graphs, _form, draft_extend, fused):
         patch.setattr(module, "thread", thread)
     patch.setattr(_form, "_forms", {})
+    patch.setattr(_form, "_likenesses", {})
     patch.setattr(_form, "_last", None)
-    patch.setattr(fused, "_calls", _known.KnownCalls(fused.MAX_KNOWN))
+    for op in FUSED_OPS.values():
+        forget_fused_calls(patch, op)
 
 
 def set_stream(patch: pytest.MonkeyPatch, current: Callable[[int], int]) -> None:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import cupy_nsa_meta
 from cases import POISON
 from cpu_kernels import fused_call, fused_packed
-from cupy_nsa_meta import _check, _fused_args, _known, _launch, _module, fused
+from cupy_nsa_meta import _check, _fused_args, _launch, _module, fused
 from cupy_nsa_meta._status import INT32_MAX
+from fake_device import FUSED_OPS, forget_fused_calls
 from fused_cases import (
     BY_NAME,
     CASES,
@@ -559,7 +560,7 @@ def test_smaller_numbers_of_a_known_call_are_not_checked_again(op, fake_device, 
         patch.setattr(_check, "fused", None)
         FUNCTIONS[op](**numbers)
     quick = fake_device.launched[-1]
-    fused._calls.clear()
+    forget_fused_calls(monkeypatch, FUSED_OPS[op])
     FUNCTIONS[op](**numbers)
     assert fake_device.launched[-1] == quick
     assert quick != fake_device.launched[0]
@@ -578,7 +579,7 @@ def test_other_numbers_take_no_result_slot(fake_device, monkeypatch):
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
-def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_device):
+def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_device, monkeypatch):
     """A random walk over numbers, right and wrong ones, each beside a call that is not known."""
     random = np.random.default_rng(7)
     built = [
@@ -611,13 +612,13 @@ def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_d
         if random.integers(8) == 0:
             arguments["dsa_index_topk"] = int(random.integers(0, 5))
         known = launched(arguments)
-        entries, fused._calls = fused._calls, _known.KnownCalls(fused.MAX_KNOWN)
-        new = launched(arguments)
-        fused._calls = entries
+        with monkeypatch.context() as patch:
+            forget_fused_calls(patch, FUSED_OPS[op])
+            new = launched(arguments)
         assert known == new
         kinds.add(type(new))
     assert kinds == {str, tuple}
-    assert fused._calls.entries
+    assert getattr(fused, FUSED_OPS[op]).known.entries
 
 
 def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
@@ -715,7 +716,7 @@ def test_no_tensor_of_a_known_call_is_kept_alive(fake_device):
     del built
     gc.collect()
     assert {ref() for ref in alive} == {None}
-    assert not fused._calls.entries
+    assert not fused._VERIFY.known.entries
 
 
 def test_every_kernel_is_warmed_up(fake_device, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hostile
-from cupy_nsa_meta import _known
+from cupy_nsa_meta import _form, _known
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning"
@@ -28,10 +28,18 @@ def test_every_kind(surface):
 def test_every_kind_where_the_call_is_known(surface, fake_device, monkeypatch):
     """Calls on tensors that were met before are looked up before they are checked."""
     kept = []
-    keep = _known.KnownCalls.keep
+    keep, find = _known.KnownCalls.keep, _form.find
     monkeypatch.setattr(
         _known.KnownCalls, "keep", lambda calls, *entry: kept.append(entry) or keep(calls, *entry)
     )
+
+    def noted(*arguments):
+        form = find(*arguments)
+        if form is not None:
+            kept.append(form)
+        return form
+
+    monkeypatch.setattr(_form, "find", noted)
     attempts, failures = 0, []
     for kind in hostile.kinds_of(surface, "cpu"):
         made, wrong = hostile.run_case(kind, surface, "cpu", calls_before=3)

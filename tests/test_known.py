@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from cupy_nsa_meta import (
     _form,
     _graphs,
     _known,
+    _launch,
     draft_extend,
     plan_draft_extend_metadata,
 )
@@ -266,14 +268,14 @@ def test_launches_without_an_answer_leave_slots_alone(fake_device):
 def test_without_the_guards_of_torch(fake_device, monkeypatch):
     monkeypatch.setattr(_known, "_TensorGuards", None)
     monkeypatch.setattr(_check, "_layouts", {})
-    monkeypatch.setattr(_check, "_last_layout", _check.Layout(_check.fits_nothing, -1, 1, 1, 0, 0))
     item = BY_NAME["bs_33"]
     arguments, outputs = tensors_of(item)
     for _ in range(4):
         outputs.poison()
         assert fill(*arguments) == item.total
         outputs.check(item.expected())
-    assert not _form._forms
+    assert not _form._likenesses
+    assert _graphs.cache_info()["hits"] == 2, "a launch is captured all the same"
 
 
 def test_plans_on_a_fake_device(fake_device):
@@ -304,7 +306,7 @@ def test_an_output_of_one_element_does_not_let_its_stride_in(stride, function, r
 
 
 @pytest.mark.parametrize("form", [fill, fill_async])
-def test_slots_come_back_where_packing_fails(form, fake_device, monkeypatch):
+def test_arguments_come_back_where_packing_fails(form, fake_device, monkeypatch):
     item = BY_NAME["bs_16385"]
     arguments, _ = tensors_of(item)
     options = {"total_tokens": item.total}
@@ -314,11 +316,13 @@ def test_slots_come_back_where_packing_fails(form, fake_device, monkeypatch):
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("no scratch")
 
+    _launch._spare_arguments.clear()
     monkeypatch.setattr(draft_extend, "pack_call", out_of_memory)
     for _ in range(3):
         with pytest.raises(torch.OutOfMemoryError):
             form(*arguments, **options)
-    assert len(fake_device.free_slots) == fake_device.slots_made == 1
+    assert not fake_device.slots_made
+    assert len(_launch._spare_arguments) == 1
 
 
 # ---- Forms --------------------------------------------------------------------------------------
@@ -351,7 +355,8 @@ def test_new_tensors_of_known_memory_are_replayed_without_a_check(fake_device, u
 @pytest.mark.parametrize("total", [None, 5, 3])
 def test_memory_that_was_never_seen_needs_no_check(total, fake_device, unchecked):
     item = dataclasses.replace(BY_NAME["contract"], total_tokens=total)
-    fill(*tensors_of(item)[0])
+    for _ in range(2):
+        fill(*tensors_of(item)[0])
     unchecked()
     kept = []
     for _ in range(20):
@@ -523,6 +528,156 @@ def test_forms_are_bounded(fake_device, monkeypatch):
     for topk in range(1, 30):
         fill(*arguments[:2], topk, *arguments[3:])
         assert len(_form._forms) <= 5
+        fill(*arguments[:2], topk, *arguments[3:])
+        assert len(_form._likenesses) <= 5
+    assert fill(*arguments) == 5
+
+
+def uninitialised():
+    return torch.nn.parameter.UninitializedParameter(requires_grad=False)
+
+
+KINDS = {
+    "topk": lambda e, s, k, *outs: (e, s, np.int64(k), *outs),
+    "one_tensor_twice": lambda e, s, k, *outs: (e, e, k, *outs),
+    "dlpack": lambda e, s, k, *outs: (e.numpy(), s.numpy(), k, *(out.numpy() for out in outs)),
+    "parameter": lambda e, s, k, *outs: (torch.nn.Parameter(e, False), s, k, *outs),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_calls_of_any_kind_are_captured(name, fake_device):
+    item = BY_NAME["contract"]
+    arguments, outputs = tensors_of(item)
+    wanted = 6 if name == "one_tensor_twice" else item.total
+    if name == "one_tensor_twice":
+        arguments[0].fill_(3)
+    for _ in range(6):
+        assert fill(*KINDS[name](*arguments)) == wanted
+    assert fake_device.runtime.replays == 4
+    if name != "one_tensor_twice":
+        outputs.check(item.expected())
+
+
+def test_kinds_of_calls_that_alternate_are_replayed(fake_device, unchecked):
+    """The same sizes: other strides, other dtypes, other objects."""
+    item = BY_NAME["contract"]
+    arguments, outputs = tensors_of(item)
+    extend, seq, *others = arguments
+    calls = [
+        arguments,
+        (torch.stack((extend, extend), 1)[:, 0], seq, *others),
+        (extend, torch.stack((seq, seq), 1)[:, 1], *others),
+        (extend.long(), seq, *others),
+    ]
+    for _ in range(3):
+        for call in calls:
+            fill(*call)
+    unchecked()
+    replays = fake_device.runtime.replays
+    for call in calls * 3:
+        outputs.poison()
+        assert fill(*call) == item.total
+        outputs.check(item.expected())
+    assert fake_device.runtime.replays == replays + 12
+    assert _graphs.cache_info()["captures"] == 4
+
+
+def test_sizes_that_never_come_back_are_not_captured(fake_device, monkeypatch):
+    monkeypatch.setattr(_form, "MAX_FORMS", 8)
+    memory = torch.zeros((2, 2000), dtype=torch.int32)
+    extend, seq = torch.tensor([3, 2]), torch.tensor([10, 4])
+    for rows in range(5, 400):
+        assert fill(extend, seq, 9, memory[0, :rows], memory[1, :rows]) == 5
+    assert _graphs.cache_info()["captures"] == 0
+
+
+def test_a_call_inside_a_call(fake_device):
+    """As a signal handler makes one: before the launch of the outer call, with all that is kept."""
+    item = BY_NAME["contract"]
+    (outer, _), (inner, inner_outputs) = tensors_of(item), tensors_of(item)
+    out_total = torch.zeros(2, dtype=torch.int32)
+
+    def inner_calls():
+        for total in (1, 1, 1, 4, 4, 4, 5):
+            fill(*inner, total_tokens=total)
+        assert fill(*inner) == item.total
+
+    calls = [
+        lambda: fill(*outer, total_tokens=3),
+        lambda: fill(*outer),
+        lambda: fill_async(*outer, out_total=out_total),
+    ]
+    launch = fake_device.launch
+
+    def interrupted(arguments, stream, launches):
+        if depth:
+            depth.pop()
+            inner_calls()
+        launch(arguments, stream, launches)
+
+    fake_device.launch = interrupted
+    for call in calls * 6:
+        depth = [True]
+        outer[3].fill_(-1)
+        inner_outputs.poison()
+        call()
+        rows = 3 if call is calls[0] else 5
+        assert outer[3][:rows].tolist() == [8, 9, 10, 3, 4][:rows]
+        if not depth:
+            inner_outputs.check(item.expected())
+
+
+@pytest.mark.parametrize("form", [fill, fill_async])
+def test_a_capture_that_fails_does_not_fail_the_call(form, fake_device):
+    arguments, outputs = tensors_of(BY_NAME["contract"])
+    out_total = torch.zeros(2, dtype=torch.int32)
+    options = {"out_total": out_total} if form is fill_async else {}
+    instantiate = fake_device.runtime.graphInstantiate
+
+    def out_of_memory(graph):
+        raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+    fake_device.runtime.graphInstantiate = out_of_memory
+    for _ in range(5):
+        outputs.poison()
+        form(*arguments, **options)
+        outputs.check(BY_NAME["contract"].expected())
+    assert len(fake_device.free_slots) == fake_device.slots_made
+    fake_device.runtime.graphInstantiate = instantiate
+    for _ in range(4):
+        form(*arguments, **options)
+    assert fake_device.runtime.replays >= 1
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_a_parameter_that_was_never_filled(position, fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for _ in range(3):
+        fill(*arguments)
+    tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+    tensors[position] = uninitialised()
+    with pytest.raises(TypeError, match="expected dtype torch.int"):
+        fill(*tensors[:2], 9, *tensors[2:])
+
+
+def test_a_nested_out_total(fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    nested = torch.nested.nested_tensor([torch.zeros(2, dtype=torch.int32)])
+    for _ in range(3):
+        with pytest.raises(ValueError, match="out_total: expected a dense tensor"):
+            fill_async(*arguments, out_total=nested)
+        fill_async(*arguments, out_total=torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("calls_before", [0, 3])
+def test_the_first_of_two_errors(calls_before, fake_device):
+    """The same one, whether the call is like an earlier one or not."""
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    for _ in range(calls_before):
+        fill(*arguments)
+    with pytest.raises(ValueError, match="total_tokens: expected"):
+        fill(*arguments[:4], arguments[3], total_tokens=-1)
 
 
 # ---- Guards -------------------------------------------------------------------------------------
