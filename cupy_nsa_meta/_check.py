@@ -53,7 +53,15 @@ class DraftExtendKey(NamedTuple):
 
     def with_total(self, total_tokens: int) -> DraftExtendKey:
         """The key of the call with ``total_tokens`` given."""
-        return self._replace(limit=total_tokens, flags=self.flags | TOTAL_IS_GIVEN)
+        return self._with(total_tokens, self.flags | TOTAL_IS_GIVEN)
+
+    def without_total(self, room: int) -> DraftExtendKey:
+        """The key of the call without a total, its outputs having ``room``."""
+        return self._with(room, self.flags & ~TOTAL_IS_GIVEN)
+
+    def _with(self, limit: int, flags: int) -> DraftExtendKey:
+        device, bs, _, *others, _, use_adaptive = self
+        return DraftExtendKey._make((device, bs, limit, *others, flags, use_adaptive))
 
 
 def draft_extend(

@@ -2,8 +2,9 @@
 
 A call lasts a few microseconds, and each attribute of a tensor (dtype, device, size, stride) costs
 0.1 of one. A ``Form`` is what calls on tensors of the same dtypes, sizes and strides share. From
-the third call on one guard over all tensors tells the form, whatever objects they are; what is left
-are addresses, to be compared with each other and packed, or found among those of captured launches.
+about the third call on one guard over all tensors tells the form, whatever objects they are; what
+is left are addresses, to be compared with each other and packed, or found among those of captured
+launches.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Form:
 
     __slots__ = (
         "_bits", "_clamped_bytes", "_cuts", "_expanded_bytes", "_extend_bytes", "_seq_bytes",
-        "_total_guard", "device", "key", "number", "only_cut", "state",
+        "_total_guard", "device", "key", "number", "only_cut", "state", "times_not_found",
     )  # fmt: skip
 
     def __init__(self, tensors: DraftExtendTensors, key: DraftExtendKey) -> None:
@@ -59,6 +60,7 @@ class Form:
         #: That of calls without a total where addresses do not matter, once it was asked for.
         self.only_cut: tuple[Constants, Launches] | None = None
         self._total_guard: Guard | None = None  # of an ``out_total``
+        self.times_not_found = 0
 
     def cut(
         self, addresses: Addresses, total_tokens: int | None = None
@@ -173,10 +175,17 @@ def find(
     return like.form
 
 
-def form_of(tensors: DraftExtendTensors, key: DraftExtendKey, topk: Any, use_adaptive: Any) -> Form:
-    """The form of a call that was checked; later ones are recognised once it is met again.
+def form_of(
+    tensors: DraftExtendTensors,
+    key: DraftExtendKey,
+    topk: Any,
+    use_adaptive: Any,
+    may_be_the_only: bool,
+) -> Form | None:
+    """The form of a call that was checked and not found; later ones are found by it.
 
-    ``key`` is the call without a total, ``topk`` and ``use_adaptive`` are as they were given.
+    ``key`` is the call without a total, ``topk`` and ``use_adaptive`` are as they were given. Where
+    it ``may_be_the_only`` call of its numbers, it has no form unless they are met again.
     """
     extend, seq, expanded, clamped = tensors
     numbers = (
@@ -185,19 +194,28 @@ def form_of(tensors: DraftExtendTensors, key: DraftExtendKey, topk: Any, use_ada
     )  # fmt: skip
     form = _forms.get(numbers)
     if form is None:
+        if may_be_the_only and not thread.met_forms.is_again(numbers):
+            return None
         if len(_forms) >= MAX_FORMS:
             _forms.clear()
         form = _forms[numbers] = Form(tensors, key)
-    if topk.__class__ is int and use_adaptive.__class__ is bool:
+        return form
+    form.times_not_found += 1
+    if (
+        form.times_not_found in _DUE
+        and topk.__class__ is int
+        and use_adaptive.__class__ is bool
+        and (guard := _known.guard(tensors)) is not None
+    ):
+        if len(_likenesses) >= MAX_FORMS:
+            _likenesses.clear()
         name = _name(extend, seq, topk, expanded, clamped, use_adaptive)
-        if thread.met_forms.is_again(name):
-            thread.met_forms.forget(name)
-            guard = _known.guard(tensors)
-            if guard is not None:
-                if len(_likenesses) >= MAX_FORMS:
-                    _likenesses.clear()
-                _likenesses[name] = _Likeness(guard, topk, use_adaptive, form)
+        _likenesses[name] = _Likeness(guard, topk, use_adaptive, form)
     return form
+
+
+#: Some calls are never found: of arrays that DLPack shares, of subclasses in turn.
+_DUE = frozenset(4**k for k in range(24))
 
 
 def _name(

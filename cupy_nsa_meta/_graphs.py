@@ -30,6 +30,7 @@ from ._launch import (
 )
 
 MAX_GRAPHS = 64  # per thread
+MAX_MET_FORMS = 1024  # per thread
 FREE_CAPTURES = 16  # per thread
 HITS_PER_CAPTURE = 16  # that pay for a further one: 56 us against about 4 us saved by each
 
@@ -185,7 +186,7 @@ class _Thread(threading.local):
         self.cache = Cache()
         self.packed: OrderedDict[Hashable, PackedLaunch] = OrderedDict()
         self.met_packed = MetOnce(MAX_GRAPHS)
-        self.met_forms = MetOnce(MAX_GRAPHS)
+        self.met_forms = MetOnce(MAX_MET_FORMS)
 
 
 thread = _Thread()

@@ -123,7 +123,7 @@ def _look(
     if total_tokens is not None:
         total_tokens = key.limit
         room = min(tensors[2].numel(), tensors[3].numel(), INT32_MAX)
-        key = key._replace(limit=room, flags=key.flags & ~_check.TOTAL_IS_GIVEN)
+        key = key.without_total(room)
     return tensors, key, total_tokens
 
 
@@ -343,9 +343,11 @@ def fill_draft_extend_metadata_cuda(
         )  # fmt: skip
         if not checked.bs:
             return total_tokens or 0
-        if not _has_form(checked):
+        if _has_form(checked):
+            is_given = total_tokens is not None
+            form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive, is_given)
+        if form is None:
             return _fill_apart(checked, tensors, total_tokens)
-        form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
     else:
         tensors = extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
@@ -409,7 +411,8 @@ def fill_draft_extend_metadata_cuda_async(
             use_adaptive, total_tokens,
         )  # fmt: skip
         if _has_form(checked):
-            form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive)
+            is_given = total_tokens is not None
+            form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive, is_given)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
     else:
         tensors = extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
