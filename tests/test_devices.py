@@ -130,6 +130,30 @@ def test_equal_numbers_on_two_devices_are_two_launches(cuda):
         check(arguments)
 
 
+def test_more_requests_than_one_launch_serves(cuda):
+    """Those calls have no form: scratch of their own."""
+    bs = 16385
+    extend, seq = cuda.tensor([1] * bs, 1), cuda.tensor([7] * bs, 1)
+    outs = [cuda.tensor([-1] * (bs + 3), 1) for _ in range(2)]
+    out_total = cuda.tensor([-7, -7], 1)
+    for _ in range(3):
+        for function, options, wanted in (
+            (cupy_nsa_meta.fill_draft_extend_metadata_cuda, {}, bs),
+            (cupy_nsa_meta.fill_draft_extend_metadata_cuda, {"total_tokens": 12}, 12),
+            (cupy_nsa_meta.fill_draft_extend_metadata_async, {"out_total": out_total}, bs),
+            (cupy_nsa_meta.fill_draft_extend_metadata_async, {"total_tokens": 9}, 9),
+        ):
+            for out in outs:
+                out.fill_(-1)
+            result = function(extend, seq, 5, *outs, **options)
+            if isinstance(result, torch.Tensor):
+                assert result.tolist() == [bs, 4 * (wanted != bs)]
+            else:
+                assert result == wanted
+            assert outs[0].tolist() == [7] * wanted + [-1] * (bs + 3 - wanted)
+            assert outs[1].tolist() == [5] * wanted + [-1] * (bs + 3 - wanted)
+
+
 def test_calls_of_two_devices_in_turn_stay_known(cuda, monkeypatch):
     given = [batch(cuda, device) for device in (0, 1)] * 2
     given[2:] = [(*given[k][:1], given[k][1].to(torch.int32), *given[k][2:]) for k in (0, 1)]

@@ -739,7 +739,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_call_is_packed_anew(name, fake_device):
+def test_a_changed_call_is_packed_anew(name, fake_device, monkeypatch):
     built = Built(BY_NAME["decode_basic_ps64"])
     for _ in range(3):
         built.run()
@@ -747,7 +747,7 @@ def test_a_changed_call_is_packed_anew(name, fake_device):
     built.run()
     after_a_known_call = fake_device.launched[-1]
     assert after_a_known_call != fake_device.launched[0]
-    fused._calls.clear()
+    forget_fused_calls(monkeypatch, FUSED_OPS["decode"])
     built.run()
     assert fake_device.launched[-1] == after_a_known_call
 
@@ -772,6 +772,6 @@ def test_few_calls_are_remembered(fake_device, monkeypatch):
     built = Built(BY_NAME["decode_basic_ps64"])
     for width in (*range(20), *range(20)):
         FUNCTIONS["decode"](**built.arguments | {"max_len": width})
-    (known,) = fused._calls.entries.values()
+    (known,) = fused._DECODE.known.entries.values()
     assert 1 <= len(known.packed) <= 3
     assert len(fake_device.launched) == 40

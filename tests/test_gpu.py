@@ -352,7 +352,7 @@ def test_an_interrupted_wait_retires_its_slot(monkeypatch):
     assert fill_draft_extend_metadata_cuda(other, seq, 2048, outs[0], outs[1]) == 8
     assert state.words[slot.index] >> _launch.EPOCH_SHIFT == slot.epoch
     monkeypatch.setattr(state, "_next_slot", iter([_launch.NUM_SLOTS] * 3))
-    monkeypatch.setattr(state, "_free", type(state.free_slots)())
+    monkeypatch.setattr(state, "free_slots", type(state.free_slots)())
     monkeypatch.setattr(state, "_retired", type(state.free_slots)([slot]))
     assert state.take_slot() is slot
     with pytest.raises(RuntimeError, match="result slots"):
