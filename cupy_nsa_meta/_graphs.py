@@ -30,7 +30,7 @@ from ._launch import (
 )
 
 MAX_GRAPHS = 64  # per thread
-MAX_MET_FORMS = 1024  # per thread
+MAX_MET = 1024  # packed launches, forms; per thread
 FREE_CAPTURES = 16  # per thread
 HITS_PER_CAPTURE = 16  # that pay for a further one: 56 us against about 4 us saved by each
 
@@ -82,11 +82,11 @@ class AnsweringLaunch(CapturedLaunch):
     def __init__(
         self, state: DeviceState, pack: Callable[[Slot], Iterable[tuple[str, int]]]
     ) -> None:
+        self.state = state
         self.slot = slot = state.take_slot()
         # The slot's launches so far were counted on the host, from here on the graph counts them.
         slot.epoch = 0
         state.words[slot.index] = 0
-        self.state = state
         with state.cupy.cuda.Device(state.device), relaxed_capture():
             stream = _capture_stream(state)
             state.runtime.memsetAsync(slot.count_ptr, 0, 4, stream.ptr)
@@ -185,8 +185,8 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.cache = Cache()
         self.packed: OrderedDict[Hashable, PackedLaunch] = OrderedDict()
-        self.met_packed = MetOnce(MAX_GRAPHS)
-        self.met_forms = MetOnce(MAX_MET_FORMS)
+        self.met_packed = MetOnce(MAX_MET)
+        self.met_forms = MetOnce(MAX_MET)
 
 
 thread = _Thread()

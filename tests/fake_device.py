@@ -35,7 +35,7 @@ from cupy_nsa_meta import (
 )
 
 DEVICE = 0
-NUM_SLOTS = 256
+NUM_SLOTS = 2048  # more than a few threads hold
 
 
 class FakeRuntime:
