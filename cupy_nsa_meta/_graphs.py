@@ -119,6 +119,16 @@ class AnsweringLaunch(CapturedLaunch):
             self.state.retire_slot(slot)
 
 
+def captured_or_none(
+    capture: Callable[..., CapturedLaunch], *arguments: Any
+) -> CapturedLaunch | None:
+    """A captured launch; None where there is no memory for one: plain launches need none."""
+    try:
+        return capture(*arguments)
+    except Exception:  # what is wrong with the device is what the launch will say
+        return None
+
+
 class Cache:
     """The captured launches of one thread."""
 
@@ -142,8 +152,9 @@ class Cache:
             return captured
         if not self.is_due(key):
             return None
-        captured = capture(*arguments)
-        self.keep(key, captured)
+        captured = captured_or_none(capture, *arguments)
+        if captured is not None:
+            self.keep(key, captured)
         return captured
 
     def is_due(self, key: Hashable) -> bool:

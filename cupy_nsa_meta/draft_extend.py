@@ -28,7 +28,7 @@ from ._draft_extend_args import (
     shape_of,
 )
 from ._form import Form
-from ._graphs import AnsweringLaunch, thread
+from ._graphs import AnsweringLaunch, captured_or_none, thread
 from ._launch import EPOCH_MASK, PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, draft_extend_error
 
@@ -173,11 +173,9 @@ def _run(
 
 def _keep_captured(key: Hashable, form: Form, addresses: Addresses, out_total: int = 0) -> None:
     """Capture a call that has been made, for the next one."""
-    try:
-        captured = capture(form.state, form.key_at(addresses), out_total)
-    except Exception:  # out of memory, or of slots: this call is done, later ones are launched
-        return
-    thread.cache.keep(key, captured)
+    captured = captured_or_none(capture, form.state, form.key_at(addresses), out_total)
+    if captured is not None:
+        thread.cache.keep(key, captured)
 
 
 def _launch_packed(

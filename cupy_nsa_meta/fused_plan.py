@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from . import _check, _env, _fused_args, _launch, _traced, fused, reference_fused
 from ._check import FusedCall, FusedOutputs
 from ._fused_args import Template
-from ._graphs import CapturedLaunch
+from ._graphs import CapturedLaunch, captured_or_none
 from ._launch import PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, Status, fused_error
 
@@ -189,9 +189,11 @@ class FusedPlan:
             and len(self._captured) < MAX_GRAPHS
             and not state.is_capturing(stream)
         ):
-            captured = self._captured[key[:3]] = fused.capture(state, packed)
-            captured.launch(stream)
-            return
+            captured = captured_or_none(fused.capture, state, packed)
+            if captured is not None:
+                self._captured[key[:3]] = captured
+                captured.launch(stream)
+                return
         if status is not self._status:
             packed = PackedLaunch(packed.buffer, packed.launches)
             _POINTER.pack_into(packed.buffer, _fused_args.STATUS_AT, status.data_ptr())

@@ -650,6 +650,24 @@ def test_a_capture_that_fails_does_not_fail_the_call(form, fake_device):
     assert fake_device.runtime.replays >= 1
 
 
+def test_a_capture_that_fails_does_not_fail_fused_calls_and_plans(fake_device):
+    built = Built(BY_NAME_FUSED["decode_basic_ps64"])
+
+    def out_of_memory(graph):
+        raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+
+    fake_device.runtime.graphInstantiate = out_of_memory
+    for _ in range(5):
+        built.run()
+    assert len(fake_device.launched) == 5
+    plan = plan_of(built)
+    for _ in range(3):
+        plan.launch()
+    assert len(fake_device.launched) == 8
+    assert len(set(fake_device.launched[:5])) == len(set(fake_device.launched[5:])) == 1
+    assert not fake_device.runtime.replays
+
+
 @pytest.mark.parametrize("position", range(4))
 def test_a_parameter_that_was_never_filled(position, fake_device):
     arguments, _ = tensors_of(BY_NAME["contract"])
