@@ -29,6 +29,7 @@ DraftExtendArrays = (
     "out_nsa_cache_seqlens",
 )
 DraftExtendTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Addresses = tuple[int, int, int, int]  # of these four
 
 EXTEND_IS_INT64 = 1
 SEQ_IS_INT64 = 2
@@ -83,7 +84,7 @@ def draft_extend(
     if not is_like(layout.guard, tensors):
         tensors = _draft_extend_tensors(*tensors)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
-        layout = layout_of(tensors)
+        layout = _layout_of(tensors)
     _, device, extend_stride, seq_stride, extend_is_int64, seq_is_int64 = layout
     bs = extend_seq_lens.numel()
     if seq_lens.numel() != bs:
@@ -100,38 +101,29 @@ def draft_extend(
         limit = INT32_MAX
     flags = extend_is_int64 * EXTEND_IS_INT64 | seq_is_int64 * SEQ_IS_INT64
     if total_tokens is not None:
-        limit = given_total(total_tokens, limit, room_expanded, room_clamped)
+        limit = given_total(total_tokens, limit, out_seqlens_expanded, out_nsa_cache_seqlens)
         flags += TOTAL_IS_GIVEN
 
     try:
-        extend_ptr = extend_seq_lens.data_ptr()
-        seq_ptr = seq_lens.data_ptr()
-        expanded_ptr = out_seqlens_expanded.data_ptr()
-        clamped_ptr = out_nsa_cache_seqlens.data_ptr()
+        addresses = (
+            extend_seq_lens.data_ptr(),
+            seq_lens.data_ptr(),
+            out_seqlens_expanded.data_ptr(),
+            out_nsa_cache_seqlens.data_ptr(),
+        )
     except RuntimeError:
         for name, tensor in zip(DraftExtendArrays, tensors, strict=True):
             has_memory(name, tensor)
         raise
-    if (
-        extend_ptr < MIN_ADDRESS
-        or seq_ptr < MIN_ADDRESS
-        or expanded_ptr < MIN_ADDRESS
-        or clamped_ptr < MIN_ADDRESS
-    ):
+    spans = (
+        (8 if extend_is_int64 else 4) * ((bs - 1) * extend_stride + 1),
+        (8 if seq_is_int64 else 4) * ((bs - 1) * seq_stride + 1),
+        4 * room_expanded,
+        4 * room_clamped,
+    )
+    if not are_apart(addresses, spans):  # exact positions only where two spans meet
         for name, tensor in zip(DraftExtendArrays, tensors, strict=True):
             has_memory(name, tensor)
-    # Spans of bytes first; exact positions only where two of them meet.
-    expanded_end = expanded_ptr + 4 * room_expanded
-    clamped_end = clamped_ptr + 4 * room_clamped
-    extend_end = extend_ptr + (8 if extend_is_int64 else 4) * ((bs - 1) * extend_stride + 1)
-    seq_end = seq_ptr + (8 if seq_is_int64 else 4) * ((bs - 1) * seq_stride + 1)
-    if (
-        (expanded_ptr < clamped_end and clamped_ptr < expanded_end)
-        or (expanded_ptr < extend_end and extend_ptr < expanded_end)
-        or (clamped_ptr < extend_end and extend_ptr < clamped_end)
-        or (expanded_ptr < seq_end and seq_ptr < expanded_end)
-        or (clamped_ptr < seq_end and seq_ptr < clamped_end)
-    ):
         outside_input("out_nsa_cache_seqlens", tensors[3], "out_seqlens_expanded", tensors[2])
         for name, out in (
             ("out_seqlens_expanded", tensors[2]),
@@ -146,10 +138,7 @@ def draft_extend(
             bs,
             limit,
             nsa_index_topk,
-            extend_ptr,
-            seq_ptr,
-            expanded_ptr,
-            clamped_ptr,
+            *addresses,
             extend_stride,
             seq_stride,
             flags,
@@ -158,20 +147,44 @@ def draft_extend(
     )
 
 
-def given_total(total_tokens: Any, limit: int, room_expanded: int, room_clamped: int) -> int:
-    """The total that a caller gives, at most ``limit`` for outputs of so many elements."""
+def are_apart(addresses: Addresses, spans: tuple[int, ...]) -> bool:
+    """Whether all tensors have memory and no output's span of bytes meets that of another tensor.
+
+    Where not, no element has to: two tensors may lie between each other's elements.
+    """
+    extend_ptr, seq_ptr, expanded_ptr, clamped_ptr = addresses
+    extend_bytes, seq_bytes, expanded_bytes, clamped_bytes = spans
+    expanded_end = expanded_ptr + expanded_bytes
+    clamped_end = clamped_ptr + clamped_bytes
+    return not (
+        extend_ptr < MIN_ADDRESS
+        or seq_ptr < MIN_ADDRESS
+        or expanded_ptr < MIN_ADDRESS
+        or clamped_ptr < MIN_ADDRESS
+        or (expanded_ptr < clamped_end and clamped_ptr < expanded_end)
+        or (extend_ptr < expanded_end and expanded_ptr < extend_ptr + extend_bytes)
+        or (extend_ptr < clamped_end and clamped_ptr < extend_ptr + extend_bytes)
+        or (seq_ptr < expanded_end and expanded_ptr < seq_ptr + seq_bytes)
+        or (seq_ptr < clamped_end and clamped_ptr < seq_ptr + seq_bytes)
+    )
+
+
+def given_total(
+    total_tokens: Any, limit: int, expanded: torch.Tensor, clamped: torch.Tensor
+) -> int:
+    """The total that a caller gives, at most ``limit``, what both outputs have room for."""
     if type(total_tokens) is not int or total_tokens < 0:
         total_tokens = integer("total_tokens", total_tokens, 0)
     if total_tokens > limit:
         raise ValueError(
             f"total_tokens: expected <= {limit}, the capacity of the out buffers "
-            f"(out_seqlens_expanded [{room_expanded}], out_nsa_cache_seqlens "
-            f"[{room_clamped}]), got {total_tokens}"
+            f"(out_seqlens_expanded [{expanded.numel()}], out_nsa_cache_seqlens "
+            f"[{clamped.numel()}]), got {total_tokens}"
         )
     return total_tokens  # type: ignore[no-any-return]
 
 
-class Layout(NamedTuple):
+class _Layout(NamedTuple):
     """Of the tensors of an earlier call: all but their sizes and addresses."""
 
     guard: Guard
@@ -182,17 +195,17 @@ class Layout(NamedTuple):
     seq_is_int64: bool
 
 
-def fits_nothing(*tensors: Any) -> bool:
+def _fits_nothing(*tensors: Any) -> bool:
     """The guard of a layout that is right for its own tensors alone."""
     return False
 
 
-_layouts: dict[tuple[Any, ...], Layout] = {}
-_last_layout = Layout(fits_nothing, -1, 1, 1, False, False)
+_layouts: dict[tuple[Any, ...], _Layout] = {}
+_last_layout = _Layout(_fits_nothing, -1, 1, 1, False, False)
 _MAX_LAYOUTS = 64
 
 
-def layout_of(tensors: DraftExtendTensors) -> Layout:
+def _layout_of(tensors: DraftExtendTensors) -> _Layout:
     """The layout of tensors that were checked; the next call is compared with it first."""
     global _last_layout
     extend, seq, *outs = tensors
@@ -205,8 +218,8 @@ def layout_of(tensors: DraftExtendTensors) -> Layout:
     # look at sizes.
     is_plain = all(out.stride() == (1,) for out in outs)
     layout_guard = guard(tensors, any_size=True) if is_plain else None
-    layout = Layout(
-        layout_guard or fits_nothing,
+    layout = _Layout(
+        layout_guard or _fits_nothing,
         key[2], key[3][0], key[4][0], key[0] is _int64, key[1] is _int64,
     )  # fmt: skip
     if layout_guard is not None:
@@ -271,7 +284,7 @@ def out_total(array: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> t
     end = begin + 8
     for name, other in zip(DraftExtendArrays, tensors, strict=True):
         at = other.data_ptr()
-        if at < end and begin < at + _span(other):
+        if at < end and begin < at + span(other):
             outside_input("out_total", tensor, name, other)
     return tensor
 
@@ -370,7 +383,7 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
         if tensor.get_device() != device:
             same_device(seq_lens=seq_lens, **{name: tensor})
         begins.append(begin := tensor.data_ptr())
-        ends.append(begin + _span(tensor))
+        ends.append(begin + span(tensor))
 
     padded = call.pad_to or total_len
     rooms = (bs, bs + 1, total_len, total_len + 1, padded, padded + 1)
@@ -492,7 +505,7 @@ def table(
         )
 
 
-def _span(tensor: torch.Tensor) -> int:
+def span(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if not tensor.numel():
         return 0
@@ -512,7 +525,7 @@ def _place(
         same_device(seq_lens=seq_lens, **{name: tensor})
     begin = tensor.data_ptr()
     begins.append(begin)
-    ends.append(begin + _span(tensor))
+    ends.append(begin + span(tensor))
 
 
 def _explain_overlap(
@@ -543,7 +556,7 @@ def shares_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two 1-D or 2-D tensors have a byte in common; exact for any strides."""
     if not a.numel() or not b.numel():
         return False  # no elements, no overlap: zero-size tensors may share a pointer
-    if a.data_ptr() + _span(a) <= b.data_ptr() or b.data_ptr() + _span(b) <= a.data_ptr():
+    if a.data_ptr() + span(a) <= b.data_ptr() or b.data_ptr() + span(b) <= a.data_ptr():
         return False
     a_begin, a_size = _pieces(a)
     b_begin, b_size = _pieces(b)

@@ -6,7 +6,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from . import _launch
-from ._check import DraftExtendKey
+from ._check import Addresses, DraftExtendKey
+from ._launch import Launches
 
 #: ``struct DraftExtendArgs`` of draft_extend.cu.
 LAYOUT = _launch.Layout(
@@ -44,9 +45,6 @@ FEW_ROWS = 1 << 16
 # Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
 QUADS = 16
-
-
-Launches = tuple[tuple[str, int], ...]  # kernels and grids, in order
 
 
 class Geometry(NamedTuple):
@@ -140,10 +138,6 @@ def constants_of(key: DraftExtendKey, shape: Geometry) -> Constants:
         shape.num_entries,
         shape.requests_per_entry,
     )
-
-
-#: Of extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens.
-Addresses = tuple[int, int, int, int]
 
 
 def addresses_of(key: DraftExtendKey) -> Addresses:

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from . import _check, _known, _launch
-from ._check import MIN_ADDRESS, DraftExtendKey, DraftExtendTensors
+from ._check import Addresses, DraftExtendKey, DraftExtendTensors
 from ._draft_extend_args import (
-    Addresses,
+    ONE_LAUNCH_MAX_BS,
     Constants,
-    Launches,
     alignment_bits,
     constants_of,
     geometry,
 )
 from ._graphs import thread
 from ._known import Guard
+from ._launch import Launches
 
 MAX_FORMS = 1024
 MAX_TOTALS = 256  # of a form
@@ -39,8 +39,8 @@ class Form:
     """
 
     __slots__ = (
-        "_bits", "_clamped_bytes", "_cuts", "_expanded_bytes", "_extend_bytes", "_seq_bytes",
-        "_total_guard", "device", "key", "number", "only_cut", "state", "times_not_found",
+        "_bits", "_cuts", "_spans", "_total_guard", "device", "key", "number", "only_cut", "state",
+        "times_met",
     )  # fmt: skip
 
     def __init__(self, tensors: DraftExtendTensors, key: DraftExtendKey) -> None:
@@ -50,17 +50,13 @@ class Form:
         self.key = key
         self.device = key.device
         self.state = _launch.device_state(key.device)
-        last = key.bs - 1
-        self._extend_bytes = tensors[0].element_size() * (last * key.extend_stride + 1)
-        self._seq_bytes = tensors[1].element_size() * (last * key.seq_stride + 1)
-        self._expanded_bytes = 4 * tensors[2].numel()
-        self._clamped_bytes = 4 * tensors[3].numel()
+        self._spans = tuple(map(_check.span, tensors))
         self._bits = alignment_bits(key.limit)
         self._cuts: dict[tuple[int | None, bool], tuple[Constants, Launches]] = {}
         #: That of calls without a total where addresses do not matter, once it was asked for.
         self.only_cut: tuple[Constants, Launches] | None = None
         self._total_guard: Guard | None = None  # of an ``out_total``
-        self.times_not_found = 0
+        self.times_met = 1  # by calls that were not found
 
     def cut(
         self, addresses: Addresses, total_tokens: int | None = None
@@ -94,26 +90,13 @@ class Form:
 
     def check(self, tensors: DraftExtendTensors, addresses: Addresses) -> None:
         """Raise where an output shares a byte with another tensor, or a tensor has no memory."""
-        extend_ptr, seq_ptr, expanded_ptr, clamped_ptr = addresses
-        expanded_end = expanded_ptr + self._expanded_bytes
-        clamped_end = clamped_ptr + self._clamped_bytes
-        if (
-            extend_ptr < MIN_ADDRESS
-            or seq_ptr < MIN_ADDRESS
-            or expanded_ptr < MIN_ADDRESS
-            or clamped_ptr < MIN_ADDRESS
-            or (expanded_ptr < clamped_end and clamped_ptr < expanded_end)
-            or (extend_ptr < expanded_end and expanded_ptr < extend_ptr + self._extend_bytes)
-            or (extend_ptr < clamped_end and clamped_ptr < extend_ptr + self._extend_bytes)
-            or (seq_ptr < expanded_end and expanded_ptr < seq_ptr + self._seq_bytes)
-            or (seq_ptr < clamped_end and clamped_ptr < seq_ptr + self._seq_bytes)
-        ):
+        if not _check.are_apart(addresses, self._spans):
             extend, seq, expanded, clamped = tensors
             _check.draft_extend(extend, seq, self.key.topk, expanded, clamped, True, None)
 
     def knows_total(self, out_total: Any) -> bool:
         """Whether an ``out_total`` is like one that was checked; its address is not looked at."""
-        try:
+        try:  # _known.is_like, less its loop
             return (
                 self._total_guard is not None
                 and not out_total.is_nested
@@ -182,11 +165,14 @@ def form_of(
     use_adaptive: Any,
     may_be_the_only: bool,
 ) -> Form | None:
-    """The form of a call that was checked and not found; later ones are found by it.
+    """The form of a call that was checked and not found; later ones are found by it. Above
+    ONE_LAUNCH_MAX_BS there is none: a launch needs scratch of its own.
 
     ``key`` is the call without a total, ``topk`` and ``use_adaptive`` are as they were given. Where
     it ``may_be_the_only`` call of its numbers, it has no form unless they are met again.
     """
+    if not 0 < key.bs <= ONE_LAUNCH_MAX_BS:
+        return None
     extend, seq, expanded, clamped = tensors
     numbers = (
         key.device, key.bs, key.limit, key.topk, key.extend_stride, key.seq_stride, key.flags,
@@ -198,11 +184,11 @@ def form_of(
             return None
         if len(_forms) >= MAX_FORMS:
             _forms.clear()
-        form = _forms[numbers] = Form(tensors, key)
+        _forms[numbers] = form = Form(tensors, key)
         return form
-    form.times_not_found += 1
+    form.times_met += 1
     if (
-        form.times_not_found in _DUE
+        form.times_met in _known.DUE  # some are never found: arrays of DLPack, subclasses in turn
         and topk.__class__ is int
         and use_adaptive.__class__ is bool
         and (guard := _known.guard(tensors)) is not None
@@ -212,10 +198,6 @@ def form_of(
         name = _name(extend, seq, topk, expanded, clamped, use_adaptive)
         _likenesses[name] = _Likeness(guard, topk, use_adaptive, form)
     return form
-
-
-#: Some calls are never found: of arrays that DLPack shares, of subclasses in turn.
-_DUE = frozenset(4**k for k in range(24))
 
 
 def _name(

@@ -11,7 +11,7 @@ import torch
 
 from . import _launch
 from ._check import FusedCall
-from ._launch import PackedLaunch
+from ._launch import Launches, PackedLaunch
 from ._status import INT32_MAX
 
 #: ``struct FusedArgs`` of fused.cu.
@@ -173,10 +173,6 @@ def cut_up(bs: int, parts: int, units: TableUnits, num_sms: int) -> Geometry:
 
 def _blocks(columns: int, columns_per_item: int) -> int:
     return max(1, -(-columns // (columns_per_item * _launch.BLOCK_THREADS)))
-
-
-#: Kernels and grids, in order.
-Launches = tuple[tuple[str, int], ...]
 
 
 def launches_of(bs: int, shape: Geometry, direct: str | None, tiled: bool) -> Launches:

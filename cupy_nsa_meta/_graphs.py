@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from ._known import MetOnce
@@ -23,6 +23,7 @@ from ._launch import (
     EPOCH_MASK,
     Arguments,
     DeviceState,
+    Launches,
     PackedLaunch,
     Slot,
     is_forked,
@@ -40,9 +41,7 @@ class CapturedLaunch:
 
     __slots__ = ("__weakref__", "graph", "last_used", "state")
 
-    def __init__(
-        self, state: DeviceState, arguments: Arguments, launches: Iterable[tuple[str, int]]
-    ) -> None:
+    def __init__(self, state: DeviceState, arguments: Arguments, launches: Launches) -> None:
         self.state = state
         self.graph = 0  # the executable one
         self.last_used = 0
@@ -66,6 +65,10 @@ class CapturedLaunch:
     def __del__(self) -> None:
         if sys is None or sys.is_finalizing() or is_forked():
             return  # a process that ends takes graphs and slots with it; a forked one has none
+        self._release()
+
+    def _release(self) -> None:
+        """Also of an object that was not finished."""
         if getattr(self, "graph", 0):
             self.state.runtime.graphExecDestroy(self.graph)
 
@@ -79,9 +82,7 @@ class AnsweringLaunch(CapturedLaunch):
 
     __slots__ = ("slot",)
 
-    def __init__(
-        self, state: DeviceState, pack: Callable[[Slot], Iterable[tuple[str, int]]]
-    ) -> None:
+    def __init__(self, state: DeviceState, pack: Callable[[Slot], Launches]) -> None:
         self.state = state
         self.slot = slot = state.take_slot()
         # The slot's launches so far were counted on the host, from here on the graph counts them.
@@ -101,16 +102,13 @@ class AnsweringLaunch(CapturedLaunch):
         """Enqueue and wait; the result word less its epoch."""
         slot, state = self.slot, self.state
         slot.epoch = slot.epoch % EPOCH_MASK + 1
-        if state.is_only:
-            state.graph_launch(self.graph, stream)
-        else:
-            state.launch_graph(self.graph, stream)
+        state.launch_graph(self.graph, stream)
         return state.wait(slot, stream)
 
-    def __del__(self) -> None:
-        super().__del__()
+    def _release(self) -> None:
+        super()._release()
         slot = getattr(self, "slot", None)
-        if slot is None or sys is None or sys.is_finalizing() or is_forked():
+        if slot is None:
             return
         # A launch that has not answered yet would answer in somebody else's slot.
         if slot.epoch == 0 or self.state.has_answered(slot):

@@ -108,7 +108,7 @@ class KnownCalls(Generic[Value]):
         if len(self._met) >= self.max_size:
             self._met.clear()
         self._met[number] = times
-        return times in _DUE
+        return times in DUE
 
     def keep(self, key: Hashable, value: Value, tensors: Sequence[torch.Tensor]) -> None:
         if len(self.entries) >= self.max_size:
@@ -128,7 +128,8 @@ class KnownCalls(Generic[Value]):
         self._met.clear()
 
 
-_DUE = frozenset(2 * 4**k for k in range(12))
+#: Meetings with what is not known at which it is worth to make it known.
+DUE = frozenset(2 * 4**k for k in range(12))
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import count
 from time import perf_counter_ns
@@ -39,6 +39,7 @@ EPOCH_SHIFT = 35
 EPOCH_MASK = (1 << 29) - 1
 WORD_MASK = (1 << EPOCH_SHIFT) - 1  # a word less its epoch
 ARGS_BYTES = 512  # room for the largest argument struct; the driver copies what a kernel declares
+Launches = tuple[tuple[str, int], ...]  # kernels and grids, in order
 BLOCK_THREADS = 256  # kBlockThreads of common.cuh, the block size of every kernel
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
@@ -101,7 +102,7 @@ class PackedLaunch(Arguments):
 
     __slots__ = ("launches",)
 
-    def __init__(self, arguments: bytes | bytearray, launches: tuple[tuple[str, int], ...]) -> None:
+    def __init__(self, arguments: bytes | bytearray, launches: Launches) -> None:
         super().__init__()
         self.buffer[: len(arguments)] = arguments
         self.launches = launches
@@ -134,8 +135,11 @@ class DeviceState:
         self.runtime = cupy.cuda.runtime
         self._get_device = self.runtime.getDevice
         #: The only device of the process, hence the current one of every thread.
-        self.is_only = self.runtime.getDeviceCount() == 1
-        self.graph_launch = self.runtime.graphLaunch
+        self._is_only = self.runtime.getDeviceCount() == 1
+        #: Enqueue a captured launch: (executable graph, stream).
+        self.launch_graph: Callable[[int, int], None] = (
+            self.runtime.graphLaunch if self._is_only else self._launch_graph_on_device
+        )
         self._launch_kernel = cupy.cuda.driver.launchKernel
         self._driver_error = cupy.cuda.driver.CUDADriverError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -211,11 +215,9 @@ class DeviceState:
         """The word of the slot's last launch has come."""
         return self.words[slot.index] >> EPOCH_SHIFT == slot.epoch
 
-    def launch(
-        self, arguments: Arguments, stream: int, launches: Iterable[tuple[str, int]]
-    ) -> None:
+    def launch(self, arguments: Arguments, stream: int, launches: Launches) -> None:
         """Enqueue kernels (name, grid) in order, each with the same argument struct."""
-        if not self.is_only and self._get_device() != self.device:
+        if not self._is_only and self._get_device() != self.device:
             with self.cupy.cuda.Device(self.device):
                 self.launch(arguments, stream, launches)
             return
@@ -231,13 +233,12 @@ class DeviceState:
                 self.runtime.setDevice(self.device)  # a thread that has not used CUDA yet
                 launch(function, grid, 1, 1, BLOCK_THREADS, 1, 1, 0, stream, params, 0)
 
-    def launch_graph(self, graph: int, stream: int) -> None:
-        """Enqueue a captured launch."""
-        if self.is_only or self._get_device() == self.device:
-            self.graph_launch(graph, stream)
+    def _launch_graph_on_device(self, graph: int, stream: int) -> None:
+        if self._get_device() == self.device:
+            self.runtime.graphLaunch(graph, stream)
         else:
             with self.cupy.cuda.Device(self.device):
-                self.graph_launch(graph, stream)
+                self.runtime.graphLaunch(graph, stream)
 
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured on ``stream``; the legacy stream 0 never is."""

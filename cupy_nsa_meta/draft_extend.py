@@ -13,15 +13,13 @@ import torch
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import _check, _env, _form, _launch, _traced
-from ._check import DraftExtendKey, DraftExtendTensors
+from ._check import Addresses, DraftExtendKey, DraftExtendTensors
 from ._draft_extend_args import (
     BLOCK_THREADS,
     MAX_ITEMS,
     ONE_LAUNCH_MAX_BS,
     QUADS_MIN_ROWS,
     WARP_MAX_BS,
-    Addresses,
-    Launches,
     addresses_of,
     constants_of,
     pack,
@@ -29,7 +27,7 @@ from ._draft_extend_args import (
 )
 from ._form import Form
 from ._graphs import AnsweringLaunch, captured_or_none, thread
-from ._launch import EPOCH_MASK, PackedLaunch, current_raw_stream
+from ._launch import EPOCH_MASK, Launches, PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, draft_extend_error
 
 TOTAL_MASK = 0xFFFFFFFF  # of a result word without its epoch; above, the status
@@ -113,8 +111,8 @@ def _look(
     clamped: Any,
     use_adaptive: Any,
     total_tokens: Any,
-) -> tuple[DraftExtendTensors, DraftExtendKey, int | None]:
-    """Look at every argument of a call: tensors, the key without a total, the total."""
+) -> tuple[DraftExtendTensors, DraftExtendKey, int | None, Form | None]:
+    """Look at every argument of a call: tensors, the key without a total, the total, the form."""
     tensors, key = _check.draft_extend(
         extend, seq, topk, expanded, clamped, use_adaptive, total_tokens
     )
@@ -124,19 +122,8 @@ def _look(
         total_tokens = key.limit
         room = min(tensors[2].numel(), tensors[3].numel(), INT32_MAX)
         key = key.without_total(room)
-    return tensors, key, total_tokens
-
-
-def _has_form(key: DraftExtendKey) -> bool:
-    """Above ONE_LAUNCH_MAX_BS a launch needs scratch of its own."""
-    return 0 < key.bs <= ONE_LAUNCH_MAX_BS
-
-
-def _given(total_tokens: Any, tensors: DraftExtendTensors, key: DraftExtendKey) -> int:
-    """A ``total_tokens`` that is right for a call."""
-    if total_tokens.__class__ is int and 0 <= total_tokens <= key.limit:
-        return total_tokens
-    return _check.given_total(total_tokens, key.limit, tensors[2].numel(), tensors[3].numel())
+    form = _form.form_of(tensors, key, topk, use_adaptive, may_be_the_only=total_tokens is not None)
+    return tensors, key, total_tokens, form
 
 
 def _run(
@@ -230,8 +217,8 @@ def _enqueue(
         and not (stream and state.is_capturing(stream))
     )
     if caches:
-        cache = thread.cache
-        captured = cache.graphs.get((form.number, stream, addresses, out_ptr))
+        cache, graph_key = thread.cache, (form.number, stream, addresses, out_ptr)
+        captured = cache.graphs.get(graph_key)
         if captured is not None:
             cache.hits = captured.last_used = cache.hits + 1
             cache.launch(captured, stream)
@@ -242,10 +229,8 @@ def _enqueue(
         _launch_packed(key, form, stream, addresses, tensors, total_tokens, out_total)
     else:
         state.launch(packed, stream, packed.launches)
-    if caches:
-        graph_key = form.number, stream, addresses, out_ptr
-        if cache.is_due(graph_key):
-            _keep_captured(graph_key, form, addresses, out_ptr)
+    if caches and cache.is_due(graph_key):
+        _keep_captured(graph_key, form, addresses, out_ptr)
 
 
 def _fill_apart(key: DraftExtendKey, tensors: DraftExtendTensors, total_tokens: int | None) -> int:
@@ -335,15 +320,12 @@ def fill_draft_extend_metadata_cuda(
                 "cuda", extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded,
                 out_nsa_cache_seqlens, use_adaptive, total_tokens,
             )  # fmt: skip
-        tensors, checked, total_tokens = _look(
+        tensors, checked, total_tokens, form = _look(
             extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
             use_adaptive, total_tokens,
         )  # fmt: skip
         if not checked.bs:
             return total_tokens or 0
-        if _has_form(checked):
-            is_given = total_tokens is not None
-            form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive, is_given)
         if form is None:
             return _fill_apart(checked, tensors, total_tokens)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
@@ -357,7 +339,9 @@ def fill_draft_extend_metadata_cuda(
     )
     stream = current_raw_stream(form.device)
     if total_tokens is not None:
-        total_tokens = _given(total_tokens, tensors, form.key)
+        total_tokens = _check.given_total(
+            total_tokens, form.key.limit, out_seqlens_expanded, out_nsa_cache_seqlens
+        )
         if _env.DEBUG_SYNC in _env.variables and _env.debug_sync():
             form.check(tensors, addresses)
             return _fill_apart(form.key_at(addresses), tensors, total_tokens)
@@ -404,19 +388,18 @@ def fill_draft_extend_metadata_cuda_async(
         use_adaptive,
     )  # fmt: skip
     if form is None:
-        tensors, checked, total_tokens = _look(
+        tensors, checked, total_tokens, form = _look(
             extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
             use_adaptive, total_tokens,
         )  # fmt: skip
-        if _has_form(checked):
-            is_given = total_tokens is not None
-            form = _form.form_of(tensors, checked, nsa_index_topk, use_adaptive, is_given)
         extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens = tensors
     else:
         tensors = extend_seq_lens, seq_lens, out_seqlens_expanded, out_nsa_cache_seqlens
         checked = form.key
     if total_tokens is not None:
-        total_tokens = _given(total_tokens, tensors, checked)
+        total_tokens = _check.given_total(
+            total_tokens, checked.limit, out_seqlens_expanded, out_nsa_cache_seqlens
+        )
     if out_total is None:
         out_total = torch.empty(2, dtype=torch.int32, device=f"cuda:{checked.device}")
     elif form is None or not form.knows_total(out_total):

@@ -111,10 +111,7 @@ class DraftExtendPlan:
                 raise capture_error()
             try:  # AnsweringLaunch.run, less its calls
                 slot.epoch = slot.epoch % EPOCH_MASK + 1
-                if state.is_only:
-                    state.graph_launch(captured.graph, stream)
-                else:
-                    state.launch_graph(captured.graph, stream)
+                state.launch_graph(captured.graph, stream)
                 word = state.wait(slot, stream)
             except BaseException:
                 self._captured = None  # with its slot, whose late word nobody shall read
@@ -153,10 +150,7 @@ class DraftExtendPlan:
                 return
             try:  # AnsweringLaunch.launch, less its calls
                 slot.epoch = slot.epoch % EPOCH_MASK + 1
-                if state.is_only:
-                    state.graph_launch(captured.graph, stream)
-                else:
-                    state.launch_graph(captured.graph, stream)
+                state.launch_graph(captured.graph, stream)
             except BaseException:
                 self._captured = None
                 raise

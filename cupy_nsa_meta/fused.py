@@ -210,10 +210,7 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
             captured = cache.lookup((stream, packed), capture, state, packed)
         if captured is not None:
             try:
-                if state.is_only:
-                    state.graph_launch(captured.graph, stream)
-                else:
-                    state.launch_graph(captured.graph, stream)
+                state.launch_graph(captured.graph, stream)
             except BaseException:
                 cache.discard(captured)
                 raise

@@ -104,10 +104,7 @@ class FusedPlan:
             stream = current_raw_stream(self._device)
             state = captured.state
             if not (stream and state.is_capturing(stream)):
-                if state.is_only:
-                    state.graph_launch(captured.graph, stream)
-                else:
-                    state.launch_graph(captured.graph, stream)
+                state.launch_graph(captured.graph, stream)
                 return
         self._enqueue(bs, total_len, pad_to, self._status)
 

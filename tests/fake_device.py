@@ -98,9 +98,8 @@ class FakeState(_launch.DeviceState):
         self.stems = {"draft_extend", "fused"}
         self.launched: list = []  # (argument bytes, kernels and grids), as they were executed
         self.runtime = FakeRuntime(self)
-        self.is_only = False
         self._get_device = self.runtime.getDevice
-        self.graph_launch = self.runtime.graphLaunch
+        self.launch_graph = self._launch_graph_on_device
         self.cupy = SimpleNamespace(
             cuda=SimpleNamespace(Device=self._on_device, Stream=self._new_stream)
         )

@@ -62,6 +62,21 @@ def logged(cuda, what):
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize("device", [0, 1])
 def test_every_form_runs_on_the_device_of_its_tensors(cuda, device, current):
+    check_every_form(cuda, device, current)
+
+
+def test_every_form_runs_on_the_only_device(monkeypatch):
+    """Which nobody asks for, then: it is the current one."""
+    cuda = fake_cuda.install(monkeypatch, 1)
+
+    def ask():
+        raise AssertionError("asked for the current device")
+
+    cuda.cupy.cuda.runtime.getDevice = ask
+    check_every_form(cuda, 0, 0)
+
+
+def check_every_form(cuda, device, current):
     cuda.current = current
     given = batch(cuda, device)
     for _ in range(4):  # plain, captured, replayed
