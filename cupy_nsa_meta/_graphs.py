@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
 from ._known import MetOnce
@@ -51,8 +52,11 @@ class CapturedLaunch:
             runtime.streamBeginCapture(stream.ptr, runtime.streamCaptureModeRelaxed)
             try:
                 state.launch(arguments, stream.ptr, launches)
-            finally:
-                graph = runtime.streamEndCapture(stream.ptr)
+            except BaseException:
+                with suppress(Exception):
+                    runtime.graphDestroy(runtime.streamEndCapture(stream.ptr))
+                raise
+            graph = runtime.streamEndCapture(stream.ptr)
             try:
                 self.graph = runtime.graphInstantiate(graph)
             finally:
@@ -167,8 +171,9 @@ class Cache:
 
     def keep(self, key: Hashable, captured: CapturedLaunch) -> None:
         """From now on the captured launch of a key; the one used least recently makes room."""
-        if len(self.graphs) >= MAX_GRAPHS:
-            del self.graphs[min(self.graphs, key=lambda old: self.graphs[old].last_used)]
+        if len(self.graphs) >= MAX_GRAPHS:  # a copy: a signal handler may call us in between
+            oldest, _ = min(list(self.graphs.items()), key=lambda item: item[1].last_used)
+            self.graphs.pop(oldest, None)
         self.graphs[key] = captured
         self.captures += 1
         captured.last_used = self.hits

@@ -73,7 +73,7 @@ class MetOnce:
         if number in self._hashes:
             return True
         if len(self._hashes) >= self.max_size:
-            del self._hashes[next(iter(self._hashes))]
+            self._hashes.pop(next(iter(self._hashes)), None)
         self._hashes[number] = None
         return False
 

@@ -142,6 +142,8 @@ class DeviceState:
         )
         self._launch_kernel = cupy.cuda.driver.launchKernel
         self._driver_error = cupy.cuda.driver.CUDADriverError
+        #: Raised before a call has enqueued anything that answers.
+        self._refusals = self._driver_error, torch.OutOfMemoryError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.stems: set[str] = set()  # of the source files whose kernels are loaded
         self._kernels: dict[str, Any] = {}  # kept: a function handle dies with its module
@@ -211,6 +213,13 @@ class DeviceState:
         """Keep a slot away from later calls until the launch that it waited for has answered."""
         self._retired.append(slot)
 
+    def leave_slot(self, slot: Slot, error: BaseException) -> None:
+        """Give back the slot of a call that failed, at once where its launch was refused."""
+        if isinstance(error, self._refusals):
+            self.give_slot(slot)
+        else:
+            self.retire_slot(slot)
+
     def has_answered(self, slot: Slot) -> bool:
         """The word of the slot's last launch has come."""
         return self.words[slot.index] >> EPOCH_SHIFT == slot.epoch
@@ -268,7 +277,8 @@ class DeviceState:
         with self.cupy.cuda.Device(self.device), relaxed_capture():
             self.runtime.streamSynchronize(stream)
         word = words[index]
-        if word >> EPOCH_SHIFT != epoch:
+        # A captured launch may have been made again meanwhile, by a signal handler: a later answer.
+        if word >> EPOCH_SHIFT not in (epoch, slot.epoch):
             raise RuntimeError(
                 "cupy_nsa_meta: the stream has finished, but the kernel's result did not arrive"
             )
@@ -347,10 +357,9 @@ def device_state(device: int, stem: str = "draft_extend") -> DeviceState:
         with _states_lock:
             state = _states.get(device)
             if state is None:
-                state = DeviceState(device)
+                state = _states[device] = DeviceState(device)
             if stem not in state.stems:
                 state.load(stem)
-            _states[device] = state
     return state
 
 

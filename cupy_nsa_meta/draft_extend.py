@@ -93,8 +93,8 @@ def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) ->
         )
         state.launch(slot, stream, launches)
         word = state.wait(slot, stream)
-    except BaseException:
-        state.retire_slot(slot)
+    except BaseException as error:
+        state.leave_slot(slot, error)
         raise
     state.give_slot(slot)
     return word
@@ -149,8 +149,8 @@ def _run(
             key = form.number, stream, addresses
             is_due = thread.cache.is_due(key)
         word = state.wait(slot, stream)
-    except BaseException:
-        state.retire_slot(slot)
+    except BaseException as error:
+        state.leave_slot(slot, error)
         raise
     state.free_slots.append(slot)
     if is_due:

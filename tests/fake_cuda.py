@@ -27,7 +27,7 @@ from cupy_nsa_meta import (
     dispatch,
 )
 from cupy_nsa_meta._status import INT32_MAX, Status
-from fake_device import forget_calls, set_stream
+from fake_device import FakeDriverError, forget_calls, set_stream
 
 NUM_SMS = 132
 _zeros, _empty = torch.zeros, torch.empty
@@ -50,12 +50,6 @@ class GpuTensor(torch.Tensor):
 
 class FakeRuntimeError(RuntimeError):
     """In the place of ``cupy.cuda.runtime.CUDARuntimeError``."""
-
-
-class FakeDriverError(RuntimeError):
-    """In the place of ``cupy.cuda.driver.CUDADriverError``."""
-
-    status = 0
 
 
 class FakeCuda:
@@ -86,6 +80,7 @@ class FakeCuda:
     @current.setter
     def current(self, device: int) -> None:
         self._thread.current = device
+        self._thread.has_context = True
         self.switches.append(device)
 
     # ---- torch --------------------------------------------------------------------------------
@@ -170,6 +165,10 @@ class FakeCuda:
     def _launch(self, handle, *dimensions_and_arguments) -> None:
         *_, stream, params, _ = dimensions_and_arguments
         name, device = self.kernels[handle]
+        if not getattr(self._thread, "has_context", False):  # the driver makes none, unlike CuPy
+            error = FakeDriverError("CUDA_ERROR_INVALID_CONTEXT")
+            error.status = _launch.INVALID_CONTEXT
+            raise error
         if device != self.current:
             raise FakeDriverError("CUDA_ERROR_INVALID_HANDLE: a kernel of another device")
         at = ctypes.c_void_p.from_address(params).value
@@ -199,6 +198,7 @@ class FakeCuda:
         return graph
 
     def _graph_launch(self, graph: int, stream: int) -> None:
+        self._thread.has_context = True
         self._enqueue(stream, self.graphs[graph])
 
     def synchronize(self, stream: int) -> None:

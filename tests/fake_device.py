@@ -38,6 +38,12 @@ DEVICE = 0
 NUM_SLOTS = 2048  # more than a few threads hold
 
 
+class FakeDriverError(RuntimeError):
+    """In the place of ``cupy.cuda.driver.CUDADriverError``."""
+
+    status = 0
+
+
 class FakeRuntime:
     """The part of ``cupy.cuda.runtime`` that the launch path uses."""
 
@@ -115,6 +121,8 @@ class FakeState(_launch.DeviceState):
         self.slots_made = 0
         self.free_slots: deque[_launch.Slot] = deque()
         self._retired: deque[_launch.Slot] = deque()
+        self._driver_error = FakeDriverError
+        self._refusals = FakeDriverError, torch.OutOfMemoryError
         self.answers = True  # False: result words do not come
 
     def _on_device(self, device: int):

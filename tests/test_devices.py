@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +104,36 @@ def check_every_form(cuda, device, current):
     assert logged(cuda, "pin") == [device]
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_thread_that_has_not_used_cuda(monkeypatch, num_devices):
+    """It has no context, which the driver's launch does not make."""
+    cuda = fake_cuda.install(monkeypatch, num_devices)
+    device = num_devices - 1
+    given = batch(cuda, device)
+    outcome = cuda.tensor([-7, -7], device)
+    built = OnDevice(BY_NAME["decode_basic_ps64"], cuda, device)
+    plan, fused_plan = cupy_nsa_meta.plan_draft_extend_metadata(*given), plan_of(built)
+    forms = [
+        lambda: cupy_nsa_meta.fill_draft_extend_metadata_cuda(*given),
+        lambda: cupy_nsa_meta.fill_draft_extend_metadata_cuda(*given, total_tokens=5),
+        lambda: cupy_nsa_meta.fill_draft_extend_metadata_async(*given, out_total=outcome),
+        plan.run,
+        plan.launch,
+        built.run,
+        fused_plan.launch,
+    ]
+    for times_before in range(4):  # plain, packed, captured, replayed by the main thread
+        for form in forms:
+            launches = len(logged(cuda, "launch"))
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(form).result()
+            assert len(logged(cuda, "launch")) == launches + 1, times_before
+            form()
+    check(given)
+    assert outcome.tolist() == [5, 0]
+    assert set(logged(cuda, "launch")) == {device}
+
+
 def test_each_device_has_modules_slots_and_a_status_of_its_own(cuda):
     for device in (1, 0, 1):
         assert cupy_nsa_meta.fill_draft_extend_metadata_cuda(*batch(cuda, device)) == 5
@@ -119,6 +150,21 @@ def test_each_device_has_modules_slots_and_a_status_of_its_own(cuda):
     assert cupy_nsa_meta.last_status("cuda:1") == 3
     cuda.current = 1
     assert cupy_nsa_meta.last_status() == 0, "it was reset"
+
+
+def test_kernels_that_cannot_be_loaded_pin_memory_once(cuda, monkeypatch):
+    load = _module.load
+
+    def fail(stem, device):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(_module, "load", fail)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no compiler"):
+            cupy_nsa_meta.fill_draft_extend_metadata_cuda(*batch(cuda, 1))
+    monkeypatch.setattr(_module, "load", load)
+    assert cupy_nsa_meta.fill_draft_extend_metadata_cuda(*batch(cuda, 1)) == 5
+    assert logged(cuda, "pin") == [1]
 
 
 def test_a_long_wait_is_for_the_stream_of_the_right_device(cuda):

@@ -23,7 +23,7 @@ from cupy_nsa_meta import (
     plan_draft_extend_metadata,
 )
 from cupy_nsa_meta._status import FATAL
-from fake_device import FakeState
+from fake_device import FakeDriverError, FakeState
 from fused_cases import BY_NAME as BY_NAME_FUSED
 from fused_cases import Built
 from fused_plans import plan_of
@@ -628,6 +628,68 @@ def test_a_call_inside_a_call(fake_device):
             inner_outputs.check(item.expected())
 
 
+def test_the_same_call_inside_a_call_that_waits(fake_device, monkeypatch):
+    """As a signal handler makes it: the outer call finds the answer of the inner one."""
+    item = BY_NAME["contract"]
+    arguments, outputs = tensors_of(item)
+    for _ in range(4):
+        fill(*arguments)
+    totals = []
+
+    class Looks:
+        def __iter__(self):
+            if not totals:
+                totals.append(None)
+                totals.append(fill(*arguments))
+            return iter(range(3))
+
+    monkeypatch.setattr(_launch, "QUICK_LOOKS", Looks())
+    outputs.poison()
+    assert fill(*arguments) == item.total
+    assert totals == [None, item.total]
+    outputs.check(item.expected())
+    captures = _graphs.cache_info()["captures"]
+    assert fill(*arguments) == item.total
+    assert _graphs.cache_info()["captures"] == captures, "the captured launch is kept"
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "error"),
+    [
+        ("contract", "launch", FakeDriverError("no code memory")),
+        ("bs_16385", "pack_call", torch.OutOfMemoryError("no scratch")),
+    ],
+)
+def test_calls_that_are_refused_use_up_no_slots(name, where, error, fake_device, monkeypatch):
+    arguments, _ = tensors_of(BY_NAME[name])
+
+    def refuse(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_device if where == "launch" else draft_extend, where, refuse)
+        for _ in range(5):
+            with pytest.raises(type(error)):
+                fill(*arguments)
+    assert len(fake_device.free_slots) == fake_device.slots_made == 1
+
+
+def test_an_interrupted_launch_may_still_answer(fake_device, monkeypatch):
+    """It was enqueued or not: its slot is not used before its word has come."""
+    arguments, _ = tensors_of(BY_NAME["contract"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_device, "launch", interrupt)
+        for made in (1, 2, 3):
+            with pytest.raises(KeyboardInterrupt):
+                fill(*arguments)
+            assert fake_device.slots_made == made
+    assert not fake_device.free_slots
+
+
 @pytest.mark.parametrize("form", [fill, fill_async])
 def test_a_capture_that_fails_does_not_fail_the_call(form, fake_device):
     arguments, outputs = tensors_of(BY_NAME["contract"])
@@ -647,6 +709,26 @@ def test_a_capture_that_fails_does_not_fail_the_call(form, fake_device):
     fake_device.runtime.graphInstantiate = instantiate
     for _ in range(4):
         form(*arguments, **options)
+    assert fake_device.runtime.replays >= 1
+
+
+def test_a_launch_that_fails_in_a_capture_leaves_no_graph(fake_device):
+    arguments, _ = tensors_of(BY_NAME["contract"])
+    launch = fake_device.launch
+
+    def out_of_memory(launched, stream, launches):
+        if stream in fake_device.runtime.capturing:
+            raise torch.OutOfMemoryError("no code memory")
+        launch(launched, stream, launches)
+
+    fake_device.launch = out_of_memory
+    for _ in range(6):
+        fill(*arguments)
+    assert not fake_device.runtime.graphs
+    assert not fake_device.runtime.capturing
+    fake_device.launch = launch
+    for _ in range(4):
+        fill(*arguments)
     assert fake_device.runtime.replays >= 1
 
 
