@@ -183,3 +183,27 @@ def pack(
         scratch,
         scratch and scratch + 4 * bs,
     )
+
+
+_EXTEND, _SEQ, _EXPANDED, _CLAMPED = (
+    LAYOUT.at(name) // 8
+    for name in ("extend_seq_lens", "seq_lens", "out_seqlens_expanded", "out_nsa_cache_seqlens")
+)
+_EPOCH = LAYOUT.at("epoch") // 4
+
+
+def pack_answering(
+    slot: _launch.Slot, constants: Constants, addresses: Addresses, epoch: int
+) -> None:
+    """Pack a launch that answers in a slot; over one like it, nothing but addresses and epoch.
+
+    Whoever packs a slot in another way sets ``slot.packed`` to None.
+    """
+    if slot.packed is constants:
+        words = slot.struct_words
+        words[_EXTEND], words[_SEQ], words[_EXPANDED], words[_CLAMPED] = addresses
+        slot.struct_halves[_EPOCH] = epoch
+    else:
+        slot.packed = None
+        pack(slot.buffer, constants, addresses, slot.address, epoch)
+        slot.packed = constants

@@ -111,10 +111,15 @@ class PackedLaunch(Arguments):
 class Slot(Arguments):
     """One result word, the argument struct of the launches that answer in it, and their count."""
 
-    __slots__ = ("address", "count_ptr", "epoch", "index")
+    __slots__ = (
+        "address", "count_ptr", "epoch", "index", "packed", "struct_halves", "struct_words",
+    )  # fmt: skip
 
     def __init__(self, index: int, address: int, count_ptr: int) -> None:
         super().__init__()
+        self.struct_words = memoryview(self.buffer).cast("Q")
+        self.struct_halves = memoryview(self.buffer).cast("I")
+        self.packed: object = None  # what the struct holds, for those who pack it once more
         self.index = index  # of the word, in 8-byte units
         self.address = address
         self.count_ptr = count_ptr  # device memory, int32: launches of a captured graph

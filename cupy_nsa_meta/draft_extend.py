@@ -23,6 +23,7 @@ from ._draft_extend_args import (
     addresses_of,
     constants_of,
     pack,
+    pack_answering,
     shape_of,
 )
 from ._form import Form
@@ -41,6 +42,7 @@ def capture(
     shape = shape_of(key, state.num_sms)
 
     def pack_slot(slot: _launch.Slot) -> Launches:
+        slot.packed = None
         pack(
             slot.buffer,
             constants_of(key, shape),
@@ -87,6 +89,7 @@ def enqueue(state: _launch.DeviceState, stream: int, key: DraftExtendKey, **poin
 def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
     """Launch the kernels themselves and wait for the result word."""
     slot = state.take_slot()
+    slot.packed = None
     try:
         launches, _scratch = pack_call(
             slot.buffer, state, key, epoch=slot.next_epoch(), result=slot.address
@@ -143,7 +146,7 @@ def _run(
         slot = state.take_slot()
     try:
         slot.epoch = epoch = slot.epoch % EPOCH_MASK + 1
-        pack(slot.buffer, constants, addresses, slot.address, epoch)
+        pack_answering(slot, constants, addresses, epoch)
         state.launch(slot, stream, launches)
         if caches:  # while the GPU works
             key = form.number, stream, addresses

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ import cupy_nsa_meta
 from backends import check_case, check_case_async
 from cases import BY_NAME, CASES, MILLION, POISON, Outputs, case, random_batches
 from cupy_nsa_meta import (
+    _graphs,
+    _launch,
     fill_draft_extend_metadata,
     fill_draft_extend_metadata_async,
     fill_draft_extend_metadata_cuda,
     fill_draft_extend_metadata_python,
+    plan_draft_extend_metadata,
 )
 
 pytestmark = pytest.mark.gpu
@@ -270,14 +275,10 @@ def test_a_total_cannot_be_returned_while_capturing():
     )
 
 
-@pytest.mark.parametrize("queued", [0, 60_000_000], ids=["idle", "behind_30_ms"])
-def test_a_call_while_another_thread_captures(queued):
-    """A default-mode capture elsewhere forbids loading, allocating and waiting carelessly."""
-    item = BY_NAME["bs_33"]
-    outputs = Outputs(item, DEVICE)
-    extend, seq = item.lengths(DEVICE)
-    bad = torch.tensor([-1] * item.bs, dtype=torch.int32, device=DEVICE)
-    capturing, called = threading.Event(), threading.Event()
+@contextmanager
+def capture_elsewhere():
+    """Another thread captures meanwhile, in the default mode; its graph has to be right."""
+    capturing, left = threading.Event(), threading.Event()
     replayed = torch.zeros(4, device=DEVICE)
     torch.cuda.synchronize()
     failures = []
@@ -288,7 +289,7 @@ def test_a_call_while_another_thread_captures(queued):
             with torch.cuda.graph(graph, capture_error_mode="global"):
                 replayed.add_(1)
                 capturing.set()
-                assert called.wait(30)
+                assert left.wait(30)
                 replayed.add_(1)
             graph.replay()
             torch.cuda.synchronize()
@@ -300,28 +301,57 @@ def test_a_call_while_another_thread_captures(queued):
     thread.start()
     assert capturing.wait(30)
     try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            if queued:
-                torch.cuda._sleep(queued)
-            total = fill_draft_extend_metadata_cuda(
-                extend, seq, item.topk, outputs.expanded, outputs.clamped
-            )
-            with pytest.raises(ValueError, match=r"extend_seq_lens\[0\]"):
-                fill_draft_extend_metadata_cuda(
-                    bad, seq, item.topk, outputs.expanded, outputs.clamped
-                )
+        yield
     finally:
-        called.set()
+        left.set()
         thread.join()
     assert not failures
-    assert total == item.total
     assert replayed.tolist() == [2.0] * 4
+
+
+@pytest.mark.parametrize("queued", [0, 60_000_000], ids=["idle", "behind_30_ms"])
+def test_a_call_while_another_thread_captures(queued):
+    """A default-mode capture elsewhere forbids loading, allocating and waiting carelessly."""
+    item = BY_NAME["bs_33"]
+    outputs = Outputs(item, DEVICE)
+    extend, seq = item.lengths(DEVICE)
+    bad = torch.tensor([-1] * item.bs, dtype=torch.int32, device=DEVICE)
+    with capture_elsewhere(), torch.cuda.stream(torch.cuda.Stream()):
+        if queued:
+            torch.cuda._sleep(queued)
+        total = fill_draft_extend_metadata_cuda(
+            extend, seq, item.topk, outputs.expanded, outputs.clamped
+        )
+        with pytest.raises(ValueError, match=r"extend_seq_lens\[0\]"):
+            fill_draft_extend_metadata_cuda(bad, seq, item.topk, outputs.expanded, outputs.clamped)
+    assert total == item.total
     outputs.check(item.expected())
 
 
+def test_captured_launches_come_and_go_while_another_thread_captures(monkeypatch):
+    """One is made, replayed and destroyed, of a call and of a plan."""
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    item = BY_NAME["bs_33"]
+    outputs = Outputs(item, DEVICE)
+    extend, seq = item.lengths(DEVICE)
+    arguments = extend, seq, item.topk, outputs.expanded, outputs.clamped
+    plan = plan_draft_extend_metadata(*arguments)
+    cache = _graphs.Cache()  # one that has made no captures
+    monkeypatch.setattr(_graphs.thread, "cache", cache)
+    with capture_elsewhere(), torch.cuda.stream(torch.cuda.Stream()):
+        assert [fill_draft_extend_metadata_cuda(*arguments) for _ in range(4)] == [item.total] * 4
+        assert cache.hits
+        assert plan.run() == item.total
+        del plan
+        cache.graphs.clear()
+        gc.collect()
+    assert not unraisable
+    outputs.check(item.expected())
+    assert fill_draft_extend_metadata_cuda(*arguments) == item.total
+
+
 def test_an_interrupted_wait_retires_its_slot(monkeypatch):
-    from cupy_nsa_meta import _launch
 
     monkeypatch.setenv("CUPY_NSA_META_GRAPH_CACHE", "0")
     state = _launch.device_state(0)

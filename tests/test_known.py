@@ -31,6 +31,8 @@ from test_plan import check_plan
 
 fill = cupy_nsa_meta.fill_draft_extend_metadata_cuda
 fill_async = cupy_nsa_meta.fill_draft_extend_metadata_async
+FIELDS = list(_draft_extend_args.LAYOUT.formats)
+POINTERS = ["extend_seq_lens", "seq_lens", "out_seqlens_expanded", "out_nsa_cache_seqlens"]
 SMALL = [item for item in CASES if item.bs and item.bs <= _draft_extend_args.ONE_LAUNCH_MAX_BS]
 
 
@@ -688,6 +690,41 @@ def test_an_interrupted_launch_may_still_answer(fake_device, monkeypatch):
                 fill(*arguments)
             assert fake_device.slots_made == made
     assert not fake_device.free_slots
+
+
+def test_a_slot_that_was_packed_in_other_ways(fake_device, monkeypatch):
+    """Where it holds a launch like the next one, only addresses and epoch are packed."""
+    item = BY_NAME["contract"]
+    calls = [tensors_of(item) for _ in range(3)]
+    monkeypatch.setenv("CUPY_NSA_META_GRAPH_CACHE", "0")
+
+    def check_all():
+        for arguments, outputs in calls:
+            outputs.poison()
+            assert fill(*arguments) == item.total
+            outputs.check(item.expected())
+            fields = dict(
+                zip(
+                    FIELDS, _draft_extend_args.ARGS.unpack(fake_device.launched[-1][0]), strict=True
+                )
+            )
+            assert [arguments[k].data_ptr() for k in (0, 1, 3, 4)] == [fields[n] for n in POINTERS]
+            assert not any(fields[name] for name in ("launch_count", "out_total", "request_ends"))
+            assert not fields["flags"] & _check.TOTAL_IS_GIVEN
+
+    check_all()
+    assert fake_device.slots_made == 1
+    (arguments, _), *_ = calls
+    monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
+    assert fill(*arguments, total_tokens=item.total) == item.total
+    monkeypatch.delenv("CUPY_NSA_META_DEBUG_SYNC")
+    check_all()
+    plan = plan_draft_extend_metadata(*arguments)
+    assert plan.run() == item.total
+    del plan
+    gc.collect()
+    check_all()
+    assert fake_device.slots_made == 1, "one slot for all of them"
 
 
 @pytest.mark.parametrize("form", [fill, fill_async])
