@@ -352,7 +352,6 @@ def test_captured_launches_come_and_go_while_another_thread_captures(monkeypatch
 
 
 def test_an_interrupted_wait_retires_its_slot(monkeypatch):
-
     monkeypatch.setenv("CUPY_NSA_META_GRAPH_CACHE", "0")
     state = _launch.device_state(0)
     item = BY_NAME["contract"]
