@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from . import _launch
-from ._check import Addresses, DraftExtendKey
+from ._check import Addresses, DraftExtendArrays, DraftExtendKey
 from ._launch import Launches
 
 #: ``struct DraftExtendArgs`` of draft_extend.cu.
@@ -185,20 +185,14 @@ def pack(
     )
 
 
-_EXTEND, _SEQ, _EXPANDED, _CLAMPED = (
-    LAYOUT.at(name) // 8
-    for name in ("extend_seq_lens", "seq_lens", "out_seqlens_expanded", "out_nsa_cache_seqlens")
-)
+_EXTEND, _SEQ, _EXPANDED, _CLAMPED = (LAYOUT.at(name) // 8 for name in DraftExtendArrays)
 _EPOCH = LAYOUT.at("epoch") // 4
 
 
 def pack_answering(
     slot: _launch.Slot, constants: Constants, addresses: Addresses, epoch: int
 ) -> None:
-    """Pack a launch that answers in a slot; over one like it, nothing but addresses and epoch.
-
-    Whoever packs a slot in another way sets ``slot.packed`` to None.
-    """
+    """Pack a launch that answers in a slot; over one like it, nothing but addresses and epoch."""
     if slot.packed is constants:
         words = slot.struct_words
         words[_EXTEND], words[_SEQ], words[_EXPANDED], words[_CLAMPED] = addresses

@@ -119,7 +119,8 @@ class Slot(Arguments):
         super().__init__()
         self.struct_words = memoryview(self.buffer).cast("Q")
         self.struct_halves = memoryview(self.buffer).cast("I")
-        self.packed: object = None  # what the struct holds, for those who pack it once more
+        #: What the struct holds, for whoever takes a slot from ``free_slots`` to pack the same.
+        self.packed: object = None
         self.index = index  # of the word, in 8-byte units
         self.address = address
         self.count_ptr = count_ptr  # device memory, int32: launches of a captured graph
@@ -147,8 +148,6 @@ class DeviceState:
         )
         self._launch_kernel = cupy.cuda.driver.launchKernel
         self._driver_error = cupy.cuda.driver.CUDADriverError
-        #: Raised before a call has enqueued anything that answers.
-        self._refusals = self._driver_error, torch.OutOfMemoryError
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.stems: set[str] = set()  # of the source files whose kernels are loaded
         self._kernels: dict[str, Any] = {}  # kept: a function handle dies with its module
@@ -188,9 +187,12 @@ class DeviceState:
     def take_slot(self) -> Slot:
         """A slot that no other call uses; give it back only once its word has been read."""
         try:
-            return self.free_slots.pop()
+            slot = self.free_slots.pop()
         except IndexError:
             number = next(self._next_slot)
+        else:
+            slot.packed = None
+            return slot
         if number < NUM_SLOTS:
             self.slots_made = number + 1
             return Slot(
@@ -203,8 +205,9 @@ class DeviceState:
                 slot = self._retired.popleft()
             except IndexError:
                 break
-            if self.has_answered(slot):
-                return slot  # its late word has come
+            if self.has_answered(slot):  # its late word has come
+                slot.packed = None
+                return slot
             self._retired.append(slot)
         raise RuntimeError(
             f"cupy_nsa_meta: all {NUM_SLOTS} result slots of cuda:{self.device} are waiting for "
@@ -220,7 +223,8 @@ class DeviceState:
 
     def leave_slot(self, slot: Slot, error: BaseException) -> None:
         """Give back the slot of a call that failed, at once where its launch was refused."""
-        if isinstance(error, self._refusals):
+        # Either is raised before anything that answers has been enqueued.
+        if isinstance(error, (self._driver_error, torch.OutOfMemoryError)):
             self.give_slot(slot)
         else:
             self.retire_slot(slot)

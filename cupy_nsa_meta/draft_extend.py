@@ -42,7 +42,6 @@ def capture(
     shape = shape_of(key, state.num_sms)
 
     def pack_slot(slot: _launch.Slot) -> Launches:
-        slot.packed = None
         pack(
             slot.buffer,
             constants_of(key, shape),
@@ -89,7 +88,6 @@ def enqueue(state: _launch.DeviceState, stream: int, key: DraftExtendKey, **poin
 def run_plainly(state: _launch.DeviceState, stream: int, key: DraftExtendKey) -> int:
     """Launch the kernels themselves and wait for the result word."""
     slot = state.take_slot()
-    slot.packed = None
     try:
         launches, _scratch = pack_call(
             slot.buffer, state, key, epoch=slot.next_epoch(), result=slot.address
@@ -140,7 +138,7 @@ def _run(
     state = form.state
     constants, launches = form.only_cut or form.cut(addresses)
     is_due = False
-    try:  # take_slot, less its call
+    try:  # take_slot, less its call, and with what the slot holds
         slot = state.free_slots.pop()
     except IndexError:
         slot = state.take_slot()

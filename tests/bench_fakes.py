@@ -12,8 +12,6 @@ from benchmarks.measure import Effort
 
 CPU = torch.device("cpu")
 SMALL = Effort(rounds=2, block=6, replays=4, graph_us=20.0, max_nodes=8)
-
-
 NODE_US = 3.0
 
 

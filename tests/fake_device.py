@@ -122,7 +122,6 @@ class FakeState(_launch.DeviceState):
         self.free_slots: deque[_launch.Slot] = deque()
         self._retired: deque[_launch.Slot] = deque()
         self._driver_error = FakeDriverError
-        self._refusals = FakeDriverError, torch.OutOfMemoryError
         self.answers = True  # False: result words do not come
 
     def _on_device(self, device: int):

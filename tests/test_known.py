@@ -32,7 +32,6 @@ from test_plan import check_plan
 fill = cupy_nsa_meta.fill_draft_extend_metadata_cuda
 fill_async = cupy_nsa_meta.fill_draft_extend_metadata_async
 FIELDS = list(_draft_extend_args.LAYOUT.formats)
-POINTERS = ["extend_seq_lens", "seq_lens", "out_seqlens_expanded", "out_nsa_cache_seqlens"]
 SMALL = [item for item in CASES if item.bs and item.bs <= _draft_extend_args.ONE_LAUNCH_MAX_BS]
 
 
@@ -703,12 +702,10 @@ def test_a_slot_that_was_packed_in_other_ways(fake_device, monkeypatch):
             outputs.poison()
             assert fill(*arguments) == item.total
             outputs.check(item.expected())
-            fields = dict(
-                zip(
-                    FIELDS, _draft_extend_args.ARGS.unpack(fake_device.launched[-1][0]), strict=True
-                )
-            )
-            assert [arguments[k].data_ptr() for k in (0, 1, 3, 4)] == [fields[n] for n in POINTERS]
+            packed = _draft_extend_args.ARGS.unpack(fake_device.launched[-1][0])
+            fields = dict(zip(FIELDS, packed, strict=True))
+            addresses = [fields[name] for name in _check.DraftExtendArrays]
+            assert [arguments[k].data_ptr() for k in (0, 1, 3, 4)] == addresses
             assert not any(fields[name] for name in ("launch_count", "out_total", "request_ends"))
             assert not fields["flags"] & _check.TOTAL_IS_GIVEN
 
