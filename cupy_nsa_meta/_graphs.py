@@ -47,7 +47,7 @@ class CapturedLaunch:
         self.graph = 0  # the executable one
         self.last_used = 0
         runtime = state.runtime
-        with state.cupy.cuda.Device(state.device), relaxed_capture():
+        with state.make_current(), relaxed_capture():
             stream = _capture_stream(state)
             runtime.streamBeginCapture(stream.ptr, runtime.streamCaptureModeRelaxed)
             try:
@@ -74,7 +74,8 @@ class CapturedLaunch:
     def _release(self) -> None:
         """Also of an object that was not finished."""
         if getattr(self, "graph", 0):
-            self.state.runtime.graphExecDestroy(self.graph)
+            with relaxed_capture():
+                self.state.runtime.graphExecDestroy(self.graph)
 
 
 class AnsweringLaunch(CapturedLaunch):
@@ -92,7 +93,7 @@ class AnsweringLaunch(CapturedLaunch):
         # The slot's launches so far were counted on the host, from here on the graph counts them.
         slot.epoch = 0
         state.words[slot.index] = 0
-        with state.cupy.cuda.Device(state.device), relaxed_capture():
+        with state.make_current(), relaxed_capture():
             stream = _capture_stream(state)
             state.runtime.memsetAsync(slot.count_ptr, 0, 4, stream.ptr)
             stream.synchronize()

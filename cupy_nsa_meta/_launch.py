@@ -152,7 +152,7 @@ class DeviceState:
         self.stems: set[str] = set()  # of the source files whose kernels are loaded
         self._kernels: dict[str, Any] = {}  # kept: a function handle dies with its module
         self._functions: dict[str, int] = {}
-        with cupy.cuda.Device(device), relaxed_capture():
+        with torch.cuda.device(device), relaxed_capture():
             num_bytes = NUM_SLOTS * SLOT_BYTES
             flags = self.runtime.hostAllocMapped | self.runtime.hostAllocPortable
             try:
@@ -176,6 +176,14 @@ class DeviceState:
         """The result words; also as halves, low and high, of which a high one is quicker to ask."""
         self.words = memory.cast("Q")
         self.halves = memory.cast("I")
+
+    def make_current(self) -> Any:
+        """The device as the current one of this thread, for a while.
+
+        By torch: leaving CuPy's sets the device before, which makes a context on it, half a GB on
+        a GPU 0 that is not used.
+        """
+        return torch.cuda.device(self.device)
 
     def load(self, stem: str) -> None:
         """Compile and load the kernels of ``cuda_src/<stem>.cu``, once."""
@@ -236,7 +244,7 @@ class DeviceState:
     def launch(self, arguments: Arguments, stream: int, launches: Launches) -> None:
         """Enqueue kernels (name, grid) in order, each with the same argument struct."""
         if not self._is_only and self._get_device() != self.device:
-            with self.cupy.cuda.Device(self.device):
+            with self.make_current():
                 self.launch(arguments, stream, launches)
             return
         # The driver's call, 1 us less than that of CuPy's kernel objects.
@@ -255,7 +263,7 @@ class DeviceState:
         if self._get_device() == self.device:
             self.runtime.graphLaunch(graph, stream)
         else:
-            with self.cupy.cuda.Device(self.device):
+            with self.make_current():
                 self.runtime.graphLaunch(graph, stream)
 
     def is_capturing(self, stream: int) -> bool:
@@ -283,7 +291,7 @@ class DeviceState:
             elif perf_counter_ns() > deadline:
                 break
         # The default stream, 0, is that of the current device.
-        with self.cupy.cuda.Device(self.device), relaxed_capture():
+        with self.make_current(), relaxed_capture():
             self.runtime.streamSynchronize(stream)
         word = words[index]
         # A captured launch may have been made again meanwhile, by a signal handler: a later answer.

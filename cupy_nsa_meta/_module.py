@@ -261,7 +261,7 @@ def load(stem: str, device: int) -> dict[str, Any]:
     Not allowed while a CUDA graph is being captured, in this or any other thread.
     """
     cupy = import_cupy()
-    with _compile_lock, cupy.cuda.Device(device):
+    with _compile_lock, torch.cuda.device(device):
         try:
             options = compile_options()
             if cupy.cuda.nvrtc.getVersion() >= SPLIT_COMPILE_NVRTC:
@@ -296,7 +296,7 @@ def _load_cubins(cupy: Any, stem: str, options: tuple[str, ...], device: int) ->
     """
 
     def load_program(code: str, names: tuple[str, ...]) -> dict[str, Any]:
-        # Not `with`: on leaving it cudaSetDevice(0) would make a context on GPU 0.
+        # Not `with`: on leaving it, setting device 0 would make a context on GPU 0.
         cupy.cuda.Device(device).use()
         module = cupy.RawModule(code=code, options=options, backend="nvrtc")
         return {name: module.get_function(name).kernel for name in names}

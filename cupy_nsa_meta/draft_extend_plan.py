@@ -68,7 +68,7 @@ class DraftExtendPlan:
             raise RuntimeError(
                 "plan_draft_extend_metadata: a plan is made before a CUDA graph is captured"
             )
-        with self._state.cupy.cuda.Device(self._device), _launch.relaxed_capture():
+        with self._state.make_current(), _launch.relaxed_capture():
             self._state.runtime.streamSynchronize(stream)  # the first launch may be on another one
         self._captured = self._capture()
 

@@ -2,7 +2,8 @@
 
 Tensors lie in host memory and say that they are on a device; kernels run in Python, at the launch,
 or, where ``delayed``, when their stream is waited for. What would be a fault on real devices is
-one here: a launch on a device that is not current, a pointer into another device's memory.
+one here: a launch on a device that is not current, a pointer into another device's memory, a call
+that ends the captures of other threads unless it is made in the relaxed mode.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class FakeCuda:
     def __init__(self, num_devices: int = 2) -> None:
         self.num_devices = num_devices
         self._thread = threading.local()
-        self.switches: list[int] = []  # every device that a thread was set to
+        self.switches: list[int] = []  # every device that a thread was set to, which has a context
         self.delayed = False
         self.streams: dict[int, int] = {}  # torch's current stream of each device
         self.log: list[tuple[str, int, object]] = []
@@ -82,6 +83,13 @@ class FakeCuda:
         self._thread.current = device
         self._thread.has_context = True
         self.switches.append(device)
+
+    def go_back_to(self, device: int) -> None:
+        """As torch does, which remembers a device without a context and sets it when it is used."""
+        if device in self.switches:
+            self.current = device
+        else:
+            self._thread.current = device
 
     # ---- torch --------------------------------------------------------------------------------
 
@@ -120,28 +128,48 @@ class FakeCuda:
             getDevice=lambda: self.current,
             getDeviceCount=lambda: self.num_devices,
             setDevice=self._set_device,
-            hostAlloc=self._host_alloc,
+            hostAlloc=self._relaxed(self._host_alloc),
             memsetAsync=lambda ptr, value, size, stream: ctypes.memset(ptr, value, size),
             streamIsCapturing=lambda stream: stream == self.capturing_stream,
-            streamSynchronize=self.synchronize,
+            streamSynchronize=self._relaxed(self.synchronize),
             streamBeginCapture=self._begin_capture,
             streamEndCapture=self._end_capture,
-            graphInstantiate=lambda graph: graph,
+            graphInstantiate=self._relaxed(lambda graph: graph),
             graphDestroy=lambda graph: None,
-            graphExecDestroy=lambda graph: self.log.append(("destroy", self.current, graph)),
+            graphExecDestroy=self._relaxed(
+                lambda graph: self.log.append(("destroy", self.current, graph))
+            ),
             graphLaunch=self._graph_launch,
         )
         driver = SimpleNamespace(CUDADriverError=FakeDriverError, launchKernel=self._launch)
         cuda = SimpleNamespace(
             runtime=runtime,
             driver=driver,
-            Device=self.device,
-            Stream=lambda non_blocking: SimpleNamespace(
-                ptr=next(self.numbers), synchronize=lambda: None
+            Device=lambda device: SimpleNamespace(use=lambda: self._set_device(device)),
+            Stream=self._relaxed(
+                lambda non_blocking: SimpleNamespace(
+                    ptr=next(self.numbers), synchronize=self._relaxed(lambda: None)
+                )
             ),
             nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
         )
         return SimpleNamespace(cuda=cuda, RawModule=self._module, __version__="14.2.0")
+
+    def exchange_capture_mode(self, mode: Any) -> int:
+        """``cuThreadExchangeStreamCaptureMode``; ``mode``: what ``ctypes.byref`` gives."""
+        before = getattr(self._thread, "capture_mode", 0)
+        self._thread.capture_mode, mode._obj.value = mode._obj.value, before
+        return 0
+
+    def _relaxed(self, function):
+        """A call that a capture of the default mode, in any thread, does not survive."""
+
+        def call(*arguments, **options):
+            if getattr(self._thread, "capture_mode", 0) != 2:
+                raise FakeRuntimeError("cudaErrorStreamCaptureUnsupported")
+            return function(*arguments, **options)
+
+        return call
 
     def _set_device(self, device: int) -> None:
         self.current = device
@@ -273,14 +301,11 @@ _TENSOR_GUARDS = _known._TensorGuards
 
 
 class _Current:
-    """``cupy.cuda.Device`` and ``torch.cuda.device`` as context managers."""
+    """``torch.cuda.device``: on leaving, it makes no context where there was none."""
 
     def __init__(self, cuda: FakeCuda, device: torch.device | str | None) -> None:
         self.cuda = cuda
         self.index = torch.device(device).index if device is not None else cuda.current
-
-    def use(self) -> None:
-        self.cuda.current = self.index
 
     def __enter__(self) -> None:
         self.before = self.cuda.current
@@ -288,7 +313,7 @@ class _Current:
             self.cuda.current = self.index
 
     def __exit__(self, *exc_info: object) -> None:
-        self.cuda.current = self.before
+        self.cuda.go_back_to(self.before)
 
 
 def install(patch: pytest.MonkeyPatch, num_devices: int = 2) -> FakeCuda:
@@ -314,7 +339,7 @@ def install(patch: pytest.MonkeyPatch, num_devices: int = 2) -> FakeCuda:
         patch.setattr(torch.cuda, name, function)
     patch.setattr(_known, "_TensorGuards", _Guards)
     set_stream(patch, lambda device: cuda.streams.get(device, 0))
-    exchange = SimpleNamespace(cuThreadExchangeStreamCaptureMode=lambda mode: 0)
+    exchange = SimpleNamespace(cuThreadExchangeStreamCaptureMode=cuda.exchange_capture_mode)
     patch.setattr(_launch, "_libcuda", lambda: exchange)
     patch.setattr(_module, "import_cupy", lambda: cuda.cupy)
     patch.setattr(_launch, "_states", {})

@@ -106,9 +106,7 @@ class FakeState(_launch.DeviceState):
         self.runtime = FakeRuntime(self)
         self._get_device = self.runtime.getDevice
         self.launch_graph = self._launch_graph_on_device
-        self.cupy = SimpleNamespace(
-            cuda=SimpleNamespace(Device=self._on_device, Stream=self._new_stream)
-        )
+        self.cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=self._new_stream))
         self._streams = count(1000)
         self._memory = np.zeros(NUM_SLOTS * _launch.SLOT_BYTES // 8, dtype=np.uint64)
         self._base = self._memory.ctypes.data
@@ -124,12 +122,12 @@ class FakeState(_launch.DeviceState):
         self._driver_error = FakeDriverError
         self.answers = True  # False: result words do not come
 
-    def _on_device(self, device: int):
+    def make_current(self):
         runtime = self.runtime
 
         class Context:
             def __enter__(self):
-                self.before, runtime.current_device = runtime.current_device, device
+                self.before, runtime.current_device = runtime.current_device, DEVICE
 
             def __exit__(self, *exc_info):
                 runtime.current_device = self.before
@@ -226,8 +224,8 @@ def fake_device(monkeypatch) -> FakeState:
     set_stream(monkeypatch, lambda device: state.stream)
     forget_calls(monkeypatch)
     monkeypatch.setattr(_launch, "device_state", lambda device, stem="draft_extend": state)
-    monkeypatch.setattr(_launch, "relaxed_capture", lambda: state._on_device(DEVICE))
-    monkeypatch.setattr(_graphs, "relaxed_capture", lambda: state._on_device(DEVICE))
+    monkeypatch.setattr(_launch, "relaxed_capture", state.make_current)
+    monkeypatch.setattr(_graphs, "relaxed_capture", state.make_current)
     monkeypatch.setattr(fused, "_runs_cuda", lambda device: True)
     monkeypatch.setattr(dispatch, "choose", lambda device: dispatch.CUDA)
     original = _check.draft_extend

@@ -78,7 +78,8 @@ def test_every_form_runs_on_the_only_device(monkeypatch):
 
 
 def check_every_form(cuda, device, current):
-    cuda.current = current
+    if current != cuda.current:  # it is 0 at first, without a context
+        cuda.current = current
     given = batch(cuda, device)
     for _ in range(4):  # plain, captured, replayed
         assert cupy_nsa_meta.fill_draft_extend_metadata_cuda(*given) == 5
@@ -102,6 +103,12 @@ def check_every_form(cuda, device, current):
     assert cuda.current == current, "the current device is the caller's"
     assert set(logged(cuda, "launch")) == set(logged(cuda, "load")) == {device}
     assert logged(cuda, "pin") == [device]
+
+
+def test_a_gpu_that_is_not_used_gets_no_context(cuda):
+    """Half a GB on GPU 0, which is the current one of every thread at first."""
+    check_every_form(cuda, device=1, current=0)
+    assert set(cuda.switches) == {1}
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])

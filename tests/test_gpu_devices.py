@@ -118,6 +118,49 @@ def test_tensors_of_two_devices_are_refused():
             function(*arguments)
 
 
+def python(*words):
+    """The output of a program in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ON_GPU_1_ALONE = """
+import ctypes, threading
+import torch
+import cupy_nsa_meta as m
+
+def use():
+    extend, seq = torch.ones((2, 8), dtype=torch.int32, device="cuda:1")
+    outs = torch.empty((2, 8), dtype=torch.int32, device="cuda:1")
+    ke = torch.empty(8, dtype=torch.int32, device="cuda:1")
+    plan = m.plan_draft_extend_metadata(extend, seq, 4, *outs)
+    for _ in range(4):
+        m.fill_draft_extend_metadata(extend, seq, 4, *outs)
+        m.fused_dsa_extend_metadata(seq, extend, total_len=8, dsa_index_topk=4, ke=ke)
+        plan.run()
+
+use()
+thread = threading.Thread(target=use)  # whose current device is 0
+thread.start()
+thread.join()
+flags, is_active = ctypes.c_uint(), ctypes.c_int(-1)
+ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(is_active))
+print(is_active.value)
+"""
+
+
+@two_gpus
+def test_a_gpu_that_is_not_used_gets_no_context():
+    assert python("-c", ON_GPU_1_ALONE).split() == ["0"]
+
+
 # ---- Processes ----------------------------------------------------------------------------------
 
 PROGRAM = """
@@ -179,15 +222,7 @@ if __name__ == "__main__":
 def test_fork_after_use_is_refused_and_spawn_works(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
-    done = subprocess.run(
-        [sys.executable, str(program)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    forked, spawned, parent = done.stdout.splitlines()
+    forked, spawned, parent = python(str(program)).splitlines()
     refused = f"RuntimeError: {_launch.FORKED}"
     assert forked == repr([refused] * 8 + [False, 5])
     assert spawned == "5"

@@ -358,7 +358,7 @@ def _search_path() -> str:
 def time_loading(stem: str, device: int) -> float:
     """Milliseconds to compile or fetch, and load, one source file; CUDA and CuPy are up before."""
     cupy = _module.import_cupy()
-    with cupy.cuda.Device(device):
+    with torch.cuda.device(device):
         torch.zeros(1, device=f"cuda:{device}")
         cupy.cuda.nvrtc.getVersion()
     begin = perf_counter()
