@@ -276,11 +276,12 @@ class DeviceState:
         Returns the word less its epoch. An error of the context is raised as CuPy raises it.
         """
         words, index, epoch = self.words, slot.index, slot.epoch
-        halves, high = self.halves, 2 * index + 1
+        halves, low = self.halves, 2 * index
+        high = low + 1
         fine = epoch << EPOCH_SHIFT - STATUS_SHIFT  # the high half with status 0
         for _ in QUICK_LOOKS:
             if halves[high] == fine:
-                return words[index] & WORD_MASK
+                return halves[low]
         deadline = 0
         while True:
             word = words[index]

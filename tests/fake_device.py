@@ -222,7 +222,6 @@ def fake_device(monkeypatch) -> FakeState:
     state = FakeState()
     state.stream = 0
     set_stream(monkeypatch, lambda device: state.stream)
-    forget_calls(monkeypatch)
     monkeypatch.setattr(_launch, "device_state", lambda device, stem="draft_extend": state)
     monkeypatch.setattr(_launch, "relaxed_capture", state.make_current)
     monkeypatch.setattr(_graphs, "relaxed_capture", state.make_current)
@@ -235,4 +234,5 @@ def fake_device(monkeypatch) -> FakeState:
         return tensors, key._replace(device=DEVICE)
 
     monkeypatch.setattr(_check, "draft_extend", on_device)
+    forget_calls(monkeypatch)  # the last: undone first, it destroys graphs while this is their device
     return state

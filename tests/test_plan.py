@@ -102,11 +102,11 @@ def test_an_error_does_not_stay(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_second_thread_in_a_running_plan_is_refused(device):
     plan, *_ = make_plan(BY_NAME["contract"], device)
-    token = plan._tokens.pop()  # as a thread that is inside
+    plan._tokens.pop()  # as a thread that is inside
     for method in (plan.run, plan.launch):
         with pytest.raises(RuntimeError, match="one plan per thread and stream"):
             method()
-    plan._tokens.append(token)
+    plan._tokens.append(None)
     assert plan.run() == 5
 
 
@@ -186,8 +186,8 @@ def test_an_interrupted_run_captures_anew():
     item = BY_NAME["contract"]
     plan, outputs, *_ = make_plan(item, "cuda")
     assert plan.run() == 5
-    slot = plan._captured.slot
-    state = plan._state
+    slot = plan._on_cuda.captured.slot
+    state = plan._on_cuda.state
 
     class Interrupting:
         def __getattr__(self, name):
@@ -208,7 +208,7 @@ def test_an_interrupted_run_captures_anew():
     assert slot in state._retired
     outputs.poison()
     assert plan.run() == 5
-    assert plan._captured.slot is not slot
+    assert plan._on_cuda.captured.slot is not slot
     outputs.check(item.expected())
 
 
@@ -216,7 +216,7 @@ def test_an_interrupted_run_captures_anew():
 def test_a_deleted_plan_with_a_launch_under_way_keeps_its_slot_away():
     item = BY_NAME["contract"]
     plan, outputs, *_ = make_plan(item, "cuda")
-    state, slot = plan._state, plan._captured.slot
+    state, slot = plan._on_cuda.state, plan._on_cuda.captured.slot
     torch.cuda._sleep(20_000_000)
     plan.launch()
     del plan
@@ -233,8 +233,8 @@ def test_epochs_wrap():
     item = BY_NAME["contract"]
     plan, *_ = make_plan(item, "cuda")
     plan.run()
-    slot = plan._captured.slot
-    state = plan._state
+    slot = plan._on_cuda.captured.slot
+    state = plan._on_cuda.state
     slot.epoch = _launch.EPOCH_MASK - 1
     state._counts[slot.index * 8 // _launch.SLOT_BYTES] = _launch.EPOCH_MASK - 1
     torch.cuda.synchronize()
