@@ -7,7 +7,9 @@ Either raises ``Absent`` with the reason where it cannot run.
                  python (the loop of aranges)
     instead      torch (vectorised), torch-compile, aot-extension, sglang
     replaced     seed-triton, seed-cuda
-    bound        fill: torch fills two buffers of the same bytes; empty-node: an empty kernel
+    bound        fill: torch fills two buffers of the same bytes; empty-node: an empty kernel;
+                 bare-graph, bare-launch: our kernel launched and awaited from Python, all else left
+                 out, what no drop-in call or plan can be quicker than
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from typing import Any
 import torch
 
 import cupy_nsa_meta
-from cupy_nsa_meta import dispatch
+from cupy_nsa_meta import _check, _launch, dispatch, draft_extend
+from cupy_nsa_meta._draft_extend_args import ONE_LAUNCH_MAX_BS, shape_of
+from cupy_nsa_meta._graphs import AnsweringLaunch
 
 from . import build, upstream
 from .draft_extend import MAX_EXTEND, DraftExtendCase
@@ -363,6 +367,71 @@ def load_empty_node(device: torch.device) -> Binder:
     return lambda case: Bound(record=record, checked=False)
 
 
+def load_bare_graph(device: torch.device) -> Binder:
+    """CuPy's call that replays a captured launch, and a poll: no check, no stream looked up."""
+    needs_cuda_backend(device)
+
+    def bind(case: DraftExtendCase) -> Bound:
+        captured, stream, _ = _captured(case)
+        return _bare(captured, partial(captured.state.runtime.graphLaunch, captured.graph, stream))
+
+    return bind
+
+
+def load_bare_launch(device: torch.device) -> Binder:
+    """The driver's launch call, by CuPy, on arguments packed before, and a poll."""
+    needs_cuda_backend(device)
+
+    def bind(case: DraftExtendCase) -> Bound:
+        captured, stream, launches = _captured(case)
+        state, params = captured.state, captured.slot.params
+        ((name, grid),) = launches
+        block = _launch.BLOCK_THREADS
+        return _bare(
+            captured,
+            partial(
+                state.cupy.cuda.driver.launchKernel,
+                *(state.kernel(name), grid, 1, 1, block, 1, 1, 0, stream, params, 0),
+            ),
+        )
+
+    return bind
+
+
+def _captured(case: DraftExtendCase) -> tuple[AnsweringLaunch, int, _launch.Launches]:
+    """A captured launch of the case, which packed its slot and has the kernel count its launches;
+    torch's current stream; kernels and grids.
+    """
+    _, key = _check.draft_extend(*arguments(case), True, None)
+    if key.bs > ONE_LAUNCH_MAX_BS:
+        raise Absent("it makes one launch")
+    state = _launch.device_state(key.device)
+    launches = shape_of(key, state.num_sms).launches
+    return draft_extend.capture(state, key), _launch.current_raw_stream(key.device), launches
+
+
+def _bare(captured: AnsweringLaunch, launch: Callable[[], object]) -> Bound:
+    state = captured.state
+    halves, low = state.halves, 2 * captured.slot.index
+    high = low + 1
+
+    def enqueue(total: int = 0) -> None:
+        captured.slot.epoch += 1
+        launch()
+
+    def run() -> int:
+        slot = captured.slot
+        slot.epoch = epoch = slot.epoch + 1
+        launch()
+        fine = epoch << _launch.EPOCH_SHIFT - _launch.STATUS_SHIFT
+        for _ in _launch.QUICK_LOOKS:
+            if halves[high] == fine:
+                return halves[low]
+        return state.wait(slot, _launch.current_raw_stream(state.device))
+
+    return Bound(run=run, enqueue=enqueue)
+
+
 # ---- Shared -------------------------------------------------------------------------------------
 
 PROVIDERS: dict[str, Loader] = {
@@ -382,6 +451,8 @@ PROVIDERS: dict[str, Loader] = {
     "seed-cuda": load_seed_cuda,
     "fill": load_fill,
     "empty-node": load_empty_node,
+    "bare-graph": load_bare_graph,
+    "bare-launch": load_bare_launch,
 }
 BUILT = ("aot-extension", "seed-cuda")  # from one C++ extension
 SLOW_TO_LOAD = (*BUILT, "torch-compile")  # left out of a quick run unless built before

@@ -42,6 +42,8 @@ LABELS = {
     "sglang": "SGLang `seqlens_expand_triton` + clamp",
     "seed-triton": "seed: cat, cumsum, `.item()`, Triton linear search",
     "seed-cuda": "seed: C++ extension, cumsum, two `.item()`",
+    "bare-graph": "bound: CuPy's `graphLaunch` and a poll, from Python",
+    "bare-launch": "bound: CuPy's `launchKernel` and a poll, from Python",
 }
 #: Batches of the fused family that have a column: requests, W
 FUSED_BATCHES = ((1, 4096), (32, 4096), (256, 4096), (256, 32768), (1024, 131072))

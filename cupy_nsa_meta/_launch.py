@@ -192,6 +192,10 @@ class DeviceState:
         self._functions.update({name: kernel.ptr for name, kernel in kernels.items()})
         self.stems.add(stem)
 
+    def kernel(self, name: str) -> int:
+        """The function handle of a kernel that is loaded."""
+        return self._functions[name]
+
     def take_slot(self) -> Slot:
         """A slot that no other call uses; give it back only once its word has been read."""
         try:

@@ -234,5 +234,7 @@ def fake_device(monkeypatch) -> FakeState:
         return tensors, key._replace(device=DEVICE)
 
     monkeypatch.setattr(_check, "draft_extend", on_device)
-    forget_calls(monkeypatch)  # the last: undone first, it destroys graphs while this is their device
+    forget_calls(
+        monkeypatch
+    )  # the last: undone first, it destroys graphs while this is their device
     return state

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ from benchmarks.draft_extend import DraftExtendCase, long_case, serving_case
 from benchmarks.measure import Absent, Bound, Contest, Effort, Results
 from benchmarks.session import Session
 from benchmarks.suites import cold, growth_bs, growth_t, seed
-from cupy_nsa_meta import fill_draft_extend_metadata_python, reference
+from cupy_nsa_meta import _module, fill_draft_extend_metadata_python, reference
+from cupy_nsa_meta._draft_extend_args import ONE_LAUNCH_MAX_BS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -494,6 +496,23 @@ def test_fresh_outputs_never_repeat(monkeypatch):
         seen.add(pointers)
 
 
+def test_the_bare_launches_are_the_operation(fake_device, monkeypatch):
+    def launch_kernel(function, grid, *numbers):
+        *_, stream, params, _ = numbers
+        fake_device.launch(SimpleNamespace(params=params), stream, ((function, grid),))
+
+    fake_device.cupy.cuda.driver = SimpleNamespace(launchKernel=launch_kernel)
+    fake_device._functions = {name: name for name in _module.KERNELS["draft_extend"]}
+    monkeypatch.setattr(providers, "needs_cuda_backend", lambda device: None)
+    session = Session(CPU, 64, timing=FakeGpu(), effort=SMALL)
+    measured = session.contest("seed", small_case(), ("bare-graph", "bare-launch"))
+    assert set(measured.end_to_end()) == set(measured.host()) == {"bare-graph", "bare-launch"}
+    assert session.results.left_out == []
+    assert session.results.mismatches == 0
+    with pytest.raises(Absent, match="one launch"):
+        providers.load_bare_launch(CPU)(small_case(ONE_LAUNCH_MAX_BS + 1))
+
+
 def test_an_older_package_has_no_plans_and_no_cache(monkeypatch):
     import cupy_nsa_meta
 
@@ -851,6 +870,7 @@ def stored(**changes: float) -> dict:
         "seed-cuda": 70.0,
         "python": 490.0,
         "torch": 120.0,
+        "bare-graph": 5.4,
     }
     whole.update({name.replace("_", "-"): value for name, value in changes.items()})
     rows = [
@@ -923,7 +943,7 @@ def test_targets_met():
     assert [target.what for target in outcomes if target.met is not True] == []
     plan = outcome(stored(), "plan.run()")
     assert plan.measured == pytest.approx(5.5 / 5.3)
-    assert "5.50 / 5.30 us" in plan.detail
+    assert plan.detail == "5.50 / 5.30 us; bare-graph 5.40 us, 1.02"
 
 
 MISSED = {

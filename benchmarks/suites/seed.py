@@ -23,6 +23,8 @@ PROVIDERS = (
     "sglang",
     "seed-triton",
     "seed-cuda",
+    "bare-graph",
+    "bare-launch",
 )
 
 
