@@ -274,6 +274,7 @@ _FRONT, _FRONT_AT = LAYOUT.run_of(
 )
 _ITEMS, _ITEMS_AT = LAYOUT.run_of("table_items total_len")
 _TILES, _TILES_AT = LAYOUT.run_of("tile_sums pad_to num_tiles row_parts flattened_blocks")
+_ARGS_SIZE = ARGS.size
 _TOTAL_LEN, _TOTAL_LEN_AT = LAYOUT.run_of("total_len")
 _PAD_TO, _PAD_TO_AT = LAYOUT.run_of("pad_to")
 
@@ -310,24 +311,22 @@ class Template:
         self._max_extend_len = call.max_extend_len
         self._flags = _constant_flags(call)
         self._base = _pack_constants(call, status)
-        #: By what the grid depends on: the arguments without total_len and pad_to, kernels, grids.
+        #: By what the grid depends on, rows in tiles: the arguments without total_len and pad_to,
+        #: kernels, grids.
         self._shapes: dict[tuple[Any, ...], tuple[bytes, Launches]] = {}
 
     def fill(self, buffer: bytearray, numbers: Numbers, tile_sums: int = 0) -> Launches:
         """Pack the arguments of a launch; its kernels and grids."""
         bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
-        direct = self._direct
-        if tile_sums or not is_small(bs, uniform_q, self._max_extend_len, pad_to):
-            direct = None
-        row_parts = 1 if direct else parts_of_rows(bs, max(total_len, pad_to))
-        key = bs, uniform_q, row_parts, direct, tile_sums, total_is_capacity
+        tiles_of_rows = -(-(total_len if total_len > pad_to else pad_to) // REQUESTS_PER_TILE)
+        key = bs, uniform_q, tiles_of_rows, pad_to == 0, tile_sums, total_is_capacity
         found = self._shapes.get(key)
         if found is None:
             if len(self._shapes) >= MAX_SHAPES:
                 self._shapes.clear()
-            found = self._shapes[key] = self._shape(*key)
+            found = self._shapes[key] = self._shape(numbers, tile_sums)
         arguments, launches = found
-        buffer[: ARGS.size] = arguments
+        buffer[:_ARGS_SIZE] = arguments
         _TOTAL_LEN.pack_into(buffer, _TOTAL_LEN_AT, total_len)
         if pad_to:
             _PAD_TO.pack_into(buffer, _PAD_TO_AT, pad_to)
@@ -339,15 +338,12 @@ class Template:
         launches = self.fill(arguments, numbers, tile_sums)
         return PackedLaunch(arguments, launches)
 
-    def _shape(
-        self,
-        bs: int,
-        uniform_q: int,
-        row_parts: int,
-        direct: str | None,
-        tile_sums: int,
-        total_is_capacity: bool,
-    ) -> tuple[bytes, Launches]:
+    def _shape(self, numbers: Numbers, tile_sums: int) -> tuple[bytes, Launches]:
+        bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
+        direct = self._direct
+        if tile_sums or not is_small(bs, uniform_q, self._max_extend_len, pad_to):
+            direct = None
+        row_parts = 1 if direct else parts_of_rows(bs, max(total_len, pad_to))
         shape = cut_up(bs, row_parts, self._units, self._num_sms)
         arguments = bytearray(self._base)
         tiles, parts, page_1, real_page, flattened, items = shape

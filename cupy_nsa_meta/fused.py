@@ -90,11 +90,13 @@ class _KnownCall:
             self.packed.clear()
         self.packed[scalars] = packed
 
-    def meet(self, scalars: tuple[Any, ...], numbers: Numbers, template: Template) -> None:
+    def meet(
+        self, scalars: tuple[Any, ...], numbers: Numbers, template: Template, is_again: bool
+    ) -> None:
         """Launch with scalars that were not met before, or once: the second time packs for good."""
         state = self.state
         stream = _launch.current_raw_stream(state.device)
-        if scalars in self.packed:
+        if is_again:
             packed = template.pack(numbers)
             self.keep(scalars, packed)
             state.launch(packed, stream, packed.launches)
@@ -107,6 +109,7 @@ class _KnownCall:
             _launch.give_arguments(arguments)
 
 
+_NEVER: Any = object()  # scalars that were not met
 MAX_KNOWN = 256  # calls of one operation
 MAX_PACKED = 1024  # of one known call
 _CUDA_BACKENDS = ("auto", "cuda")
@@ -179,10 +182,10 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
     ):
         return _Met(op, key, tensors, scalars, None)
     try:
-        packed = known.packed.get(scalars)
+        packed = known.packed.get(scalars, _NEVER)
     except TypeError:  # a number that cannot be hashed; the check raises
         return _Met(op, key, tensors, scalars, None)
-    if packed is None:
+    if packed is None or packed is _NEVER:
         template, most, constants = known.checked
         if scalars[op.num_varying :] == constants:
             numbers = op.numbers(scalars, most)
@@ -192,7 +195,7 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
                 and 0 <= numbers.total_len <= most.total_len
                 and 0 <= numbers.pad_to <= most.pad_to
             ):
-                known.meet(scalars, numbers, template)
+                known.meet(scalars, numbers, template, packed is None)
                 return None
         return _Met(op, key, tensors, scalars, known)
     # From the second time on as a captured launch. Cache.lookup and Cache.launch would do the same
