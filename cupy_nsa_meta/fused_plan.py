@@ -16,13 +16,14 @@ from torch.compiler import is_compiling
 
 from . import _check, _env, _fused_args, _launch, _traced, fused, reference_fused
 from ._check import FusedCall, FusedOutputs
-from ._fused_args import Template
+from ._fused_args import Numbers, Template
 from ._graphs import CapturedLaunch, captured_or_none
 from ._launch import PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, Status, fused_error
 
 _PLAIN = frozenset((int, type(None)))
 _POINTER = struct.Struct("<Q")
+_NEVER: Any = object()  # numbers that were not met
 MAX_REMEMBERED = 1024  # batch sizes
 MAX_GRAPHS = 64  # captured launches, each of one batch size
 
@@ -59,7 +60,7 @@ class FusedPlan:
         #: still write its word.
         self._run_status: torch.Tensor | None = None
         #: By the numbers of a batch and their types.
-        self._packed: dict[Any, PackedLaunch] = {}
+        self._packed: dict[Any, PackedLaunch | None] = {}  # None: met once
         self._captured: dict[Any, CapturedLaunch] = {}
         if not fused._runs_cuda(call.device):
             return
@@ -171,18 +172,24 @@ class FusedPlan:
         types = type(bs), type(total_len), type(pad_to)
         key = bs, total_len, pad_to, *types
         try:
-            packed = self._packed.get(key)
+            packed = self._packed.get(key, _NEVER)
         except TypeError:  # a number that cannot be hashed; the check raises
-            packed = None
+            packed = _NEVER
         stream = current_raw_stream(state.device)
-        if packed is None:
-            packed = self._pack(self._batch(bs, total_len, pad_to))
+        if packed is _NEVER:
+            self._launch_once(self._numbers(bs, total_len, pad_to), stream, status)
             if len(self._packed) >= MAX_REMEMBERED:
                 self._packed.clear()
-            self._packed[key] = packed
+            self._packed[key] = None
+            return
+        if packed is None:
+            numbers = self._numbers(bs, total_len, pad_to)
+            packed = self._packed[key] = self._template.pack(numbers, self._tile_sums(numbers))
+        if status is not self._status:
+            packed = PackedLaunch(packed.buffer, packed.launches)
+            _POINTER.pack_into(packed.buffer, _fused_args.STATUS_AT, status.data_ptr())
         elif (  # met before: worth a capture
-            status is self._status
-            and _PLAIN.issuperset(types)
+            _PLAIN.issuperset(types)
             and len(self._captured) < MAX_GRAPHS
             and not state.is_capturing(stream)
         ):
@@ -191,27 +198,38 @@ class FusedPlan:
                 self._captured[key[:3]] = captured
                 captured.launch(stream)
                 return
-        if status is not self._status:
-            packed = PackedLaunch(packed.buffer, packed.launches)
-            _POINTER.pack_into(packed.buffer, _fused_args.STATUS_AT, status.data_ptr())
         state.launch(packed, stream, packed.launches)
 
-    def _pack(self, call: FusedCall) -> PackedLaunch:
-        """The plan's arguments with the numbers of one batch."""
-        tiled = call.bs > _fused_args.ONE_LAUNCH_MAX_BS
-        return self._template.pack(
-            _fused_args.numbers_of(call), self._scratch.data_ptr() if tiled else 0
-        )
+    def _launch_once(self, numbers: Numbers, stream: int, status: torch.Tensor) -> None:
+        """Launch for a batch of which nothing is kept."""
+        assert self._state is not None
+        arguments = _launch.take_arguments()
+        try:
+            buffer = arguments.buffer
+            launches = self._template.fill(buffer, numbers, self._tile_sums(numbers))
+            if status is not self._status:
+                _POINTER.pack_into(buffer, _fused_args.STATUS_AT, status.data_ptr())
+            self._state.launch(arguments, stream, launches)
+        finally:
+            _launch.give_arguments(arguments)
+
+    def _tile_sums(self, numbers: Numbers) -> int:
+        """Address of the scratch where a batch needs it."""
+        return self._scratch.data_ptr() if numbers.bs > _fused_args.ONE_LAUNCH_MAX_BS else 0
 
     def _batch(self, bs: Any, total_len: Any, pad_to: Any) -> FusedCall:
-        """The plan's call with the numbers of one batch, checked against the capacities."""
+        """The plan's call with the numbers of one batch."""
+        return self._call._replace(**self._numbers(bs, total_len, pad_to)._asdict())
+
+    def _numbers(self, bs: Any, total_len: Any, pad_to: Any) -> Numbers:
+        """The numbers of one batch, checked against the capacities."""
         call = self._call
         bs = call.bs if bs is None else _check.integer("bs", bs, 0, call.bs)
         if self._max_extend_len is None:
             for name, value in (("total_len", total_len), ("pad_to", pad_to)):
                 if value is not None:
                     raise TypeError(f"{name}: expected None ({self._name}), got {value}")
-            return call._replace(bs=bs, total_len=bs * call.uniform_q)
+            return Numbers(bs, bs * call.uniform_q, call.pad_to, call.uniform_q)
         bound = min(call.total_len, bs * self._max_extend_len)
         if total_len is not None and _check.integer("total_len", total_len, 0) > bound:
             raise ValueError(
@@ -228,13 +246,7 @@ class FusedPlan:
             pad_to = _check.integer("pad_to", pad_to, 0 if total_len is None else rows, call.pad_to)
             if total_len is None:
                 rows = min(rows, pad_to)
-        return call._replace(
-            bs=bs,
-            total_len=rows,
-            pad_to=pad_to,
-            uniform_q=uniform_q,
-            total_is_capacity=total_len is None,
-        )
+        return Numbers(bs, rows, pad_to, uniform_q, total_is_capacity=total_len is None)
 
 
 def plan_fused_dsa_decode_metadata(

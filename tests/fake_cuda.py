@@ -53,6 +53,28 @@ class FakeRuntimeError(RuntimeError):
     """In the place of ``cupy.cuda.runtime.CUDARuntimeError``."""
 
 
+#: Of each thread, whichever devices it works with: graphs of one test may be destroyed in the next.
+_capture = threading.local()
+
+
+def _exchange_capture_mode(mode: Any) -> int:
+    """``cuThreadExchangeStreamCaptureMode``; ``mode``: what ``ctypes.byref`` gives."""
+    before = getattr(_capture, "mode", 0)
+    _capture.mode, mode._obj.value = mode._obj.value, before
+    return 0
+
+
+def _relaxed(function):
+    """A call that a capture of the default mode, in any thread, does not survive."""
+
+    def call(*arguments, **options):
+        if getattr(_capture, "mode", 0) != 2:
+            raise FakeRuntimeError("cudaErrorStreamCaptureUnsupported")
+        return function(*arguments, **options)
+
+    return call
+
+
 class FakeCuda:
     """The devices; ``log`` holds (what, current device, detail) in order."""
 
@@ -128,15 +150,15 @@ class FakeCuda:
             getDevice=lambda: self.current,
             getDeviceCount=lambda: self.num_devices,
             setDevice=self._set_device,
-            hostAlloc=self._relaxed(self._host_alloc),
+            hostAlloc=_relaxed(self._host_alloc),
             memsetAsync=lambda ptr, value, size, stream: ctypes.memset(ptr, value, size),
             streamIsCapturing=lambda stream: stream == self.capturing_stream,
-            streamSynchronize=self._relaxed(self.synchronize),
+            streamSynchronize=_relaxed(self.synchronize),
             streamBeginCapture=self._begin_capture,
             streamEndCapture=self._end_capture,
-            graphInstantiate=self._relaxed(lambda graph: graph),
+            graphInstantiate=_relaxed(lambda graph: graph),
             graphDestroy=lambda graph: None,
-            graphExecDestroy=self._relaxed(
+            graphExecDestroy=_relaxed(
                 lambda graph: self.log.append(("destroy", self.current, graph))
             ),
             graphLaunch=self._graph_launch,
@@ -146,30 +168,14 @@ class FakeCuda:
             runtime=runtime,
             driver=driver,
             Device=lambda device: SimpleNamespace(use=lambda: self._set_device(device)),
-            Stream=self._relaxed(
+            Stream=_relaxed(
                 lambda non_blocking: SimpleNamespace(
-                    ptr=next(self.numbers), synchronize=self._relaxed(lambda: None)
+                    ptr=next(self.numbers), synchronize=_relaxed(lambda: None)
                 )
             ),
             nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
         )
         return SimpleNamespace(cuda=cuda, RawModule=self._module, __version__="14.2.0")
-
-    def exchange_capture_mode(self, mode: Any) -> int:
-        """``cuThreadExchangeStreamCaptureMode``; ``mode``: what ``ctypes.byref`` gives."""
-        before = getattr(self._thread, "capture_mode", 0)
-        self._thread.capture_mode, mode._obj.value = mode._obj.value, before
-        return 0
-
-    def _relaxed(self, function):
-        """A call that a capture of the default mode, in any thread, does not survive."""
-
-        def call(*arguments, **options):
-            if getattr(self._thread, "capture_mode", 0) != 2:
-                raise FakeRuntimeError("cudaErrorStreamCaptureUnsupported")
-            return function(*arguments, **options)
-
-        return call
 
     def _set_device(self, device: int) -> None:
         self.current = device
@@ -339,7 +345,7 @@ def install(patch: pytest.MonkeyPatch, num_devices: int = 2) -> FakeCuda:
         patch.setattr(torch.cuda, name, function)
     patch.setattr(_known, "_TensorGuards", _Guards)
     set_stream(patch, lambda device: cuda.streams.get(device, 0))
-    exchange = SimpleNamespace(cuThreadExchangeStreamCaptureMode=cuda.exchange_capture_mode)
+    exchange = SimpleNamespace(cuThreadExchangeStreamCaptureMode=_exchange_capture_mode)
     patch.setattr(_launch, "_libcuda", lambda: exchange)
     patch.setattr(_module, "import_cupy", lambda: cuda.cupy)
     patch.setattr(_launch, "_states", {})

@@ -105,6 +105,16 @@ def check_every_form(cuda, device, current):
     assert logged(cuda, "pin") == [device]
 
 
+def test_captured_launches_are_destroyed_while_another_thread_may_capture(cuda):
+    given = batch(cuda, 1)
+    plan = cupy_nsa_meta.plan_draft_extend_metadata(*given)
+    for _ in range(3):
+        assert cupy_nsa_meta.fill_draft_extend_metadata_cuda(*given) == 5
+    del plan
+    _graphs.thread.cache.graphs.clear()
+    assert len(logged(cuda, "destroy")) == 2
+
+
 def test_a_gpu_that_is_not_used_gets_no_context(cuda):
     """Half a GB on GPU 0, which is the current one of every thread at first."""
     check_every_form(cuda, device=1, current=0)
