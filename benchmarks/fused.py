@@ -358,14 +358,17 @@ class FusedCase:
             return lambda total: function(total_len=total, **arguments)
         return lambda total: function(**arguments)
 
-    def plan(self, make: Callable[..., Any]) -> Callable[[int], object]:
-        """A plan of the case; returns its launch."""
+    def make_plan(self, make: Callable[..., Any]) -> Any:
         arguments = self._arguments(self.out)
         if self.op == "extend":
             arguments["max_total_len"] = self.shape.max_rows
         else:
             arguments["max_bs"] = self.shape.bs
-        launch, bs = make(**arguments).launch, self.shape.bs
+        return make(**arguments)
+
+    def plan(self, make: Callable[..., Any]) -> Callable[[int], object]:
+        """The launch of a plan of the case."""
+        launch, bs = self.make_plan(make).launch, self.shape.bs
         if self._has_extend:
             return lambda total: launch(bs, total)
         return lambda total: launch(bs)

@@ -3,7 +3,8 @@
 ours         cuda (the eager function), cuda-plan (``plan.launch``)
 replaced     sglang: its Triton kernels of decode, target-verify and draft-extend;
              loop: EXTEND as SGLang builds it, request by request; torch: the same, vectorised
-bound        copy: torch copies as many bytes as the tables need
+bound        copy: torch copies as many bytes as the tables need; bare-graph: CuPy's call that
+             replays a captured launch of the plan, all else left out
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 from torch.nn.functional import pad
 
 import cupy_nsa_meta
+from cupy_nsa_meta._launch import current_raw_stream
 
 from . import providers, upstream
 from .fused import FUNCTIONS, OUTPUTS, FusedCase, plan_maker
-from .measure import Binder, Bound, Loader
+from .measure import Absent, Binder, Bound, Loader
 
 
 def load_cuda(device: torch.device) -> Binder:
@@ -33,6 +35,28 @@ def load_cuda(device: torch.device) -> Binder:
 def load_cuda_plan(device: torch.device) -> Binder:
     providers.needs_cuda_backend(device)
     return lambda case: _bound(case, case.plan(plan_maker(case.op)))
+
+
+def load_bare_graph(device: torch.device) -> Binder:
+    """What no plan can be quicker than; without a total, so that one launch serves every batch."""
+    providers.needs_cuda_backend(device)
+
+    def bind(case: FusedCase) -> Bound:
+        plan = case.make_plan(plan_maker(case.op))
+        for _ in range(2):  # the second is captured
+            plan.launch(case.shape.bs)
+        if not plan._captured:
+            raise Absent("the plan has no captured launch")
+        (captured,) = plan._captured.values()
+        graph_launch = captured.state.runtime.graphLaunch
+        stream = current_raw_stream(captured.state.device)
+
+        def enqueue(total: int, kept: object = plan) -> None:
+            graph_launch(captured.graph, stream)
+
+        return Bound(enqueue=enqueue)
+
+    return bind
 
 
 def load_sglang(device: torch.device) -> Binder:
@@ -212,6 +236,7 @@ PROVIDERS: dict[str, Loader] = {
     "sglang": load_sglang,
     "cuda": load_cuda,
     "cuda-plan": load_cuda_plan,
+    "bare-graph": load_bare_graph,
     "loop": load_loop,
     "torch": load_torch,
     "copy": load_copy,

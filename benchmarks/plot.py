@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import BenchError, fused_results, plot_fused
+from .floor import median_for
 from .measure import END_TO_END, GPU
 from .stored import Document
 from .targets import series
@@ -74,7 +75,7 @@ def _speedup(pyplot: Any, rows: list[dict[str, Any]], gpu: str) -> Any:
         if row["suite"] == "seed":
             times[row["provider"]] = row["median"]
         elif row["provider"] == "floor-graph":
-            floor = row["median"]
+            floor = median_for(row, "seed")
     baseline = times.get(BASELINE)
     if not baseline or len(times) < 2:
         return None

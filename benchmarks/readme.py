@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import BenchError, targets
+from .floor import median_for
 from .fused import EXTEND_ROWS, HALF
 from .fused_results import TITLES, Point, geometric_mean, medians, ratios, values_of
 from .measure import BANDWIDTH, END_TO_END, FIRST_CALL, GPU, HOST
@@ -240,7 +241,7 @@ def _median(
         if (row["provider"], row["metric"]) == (provider, metric) and (
             bs is None or (row["case"].get("bs") == bs and row["suite"] in ("seed", "floor"))
         ):
-            return float(row["median"])
+            return median_for(row, "seed")
     return None
 
 

@@ -102,10 +102,13 @@ class Session:
             providers.cache_info,
         )
 
-    def run_floor(self) -> None:
-        """One more sample of the floor program; before and after a suite, against drift."""
+    def run_floor(self, suite: str) -> None:
+        """One more sample of the floor program, which a suite is compared with.
+
+        A shared machine changes its speed by the minute: before, in and after the suite.
+        """
         if self.is_wanted("floor"):
-            self.floor_samples.take(self.device, self.quick)
+            self.floor_samples.take(self.device, self.quick, suite)
 
     def release(self) -> None:
         """Give the memory of a finished case back."""

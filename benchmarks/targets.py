@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from . import BenchError
+from .floor import median_for
 from .fused_results import Point, geometric_mean, medians, ratios
 from .measure import BANDWIDTH, END_TO_END, FIRST_CALL, GPU, HOST
 from .report import align, number
@@ -53,7 +54,7 @@ def targets(document: Document) -> list[Outcome]:
     rows: list[Row] = document["rows"]
 
     def median(provider: str, metric: str) -> float | None:
-        return _median(rows, provider, metric, bs=32)
+        return _median(rows, provider, metric, bs=32, floor_of="seed")
 
     def ratio(
         what: str,
@@ -115,8 +116,14 @@ def targets(document: Document) -> list[Outcome]:
 
 
 def _median(
-    rows: Iterable[Row], provider: str, metric: str, suites: Sequence[str] = (), **labels: Any
+    rows: Iterable[Row],
+    provider: str,
+    metric: str,
+    suites: Sequence[str] = (),
+    floor_of: str = "",
+    **labels: Any,
 ) -> float | None:
+    """``floor_of``: the suite that the floor is compared with."""
     for row in rows:
         if (
             row["provider"] == provider
@@ -124,7 +131,7 @@ def _median(
             and (row["suite"] in suites or (not suites and row["suite"] in ("seed", "floor")))
             and all(row["case"].get(name) == value for name, value in labels.items())
         ):
-            return float(row["median"])
+            return median_for(row, floor_of)
     return None
 
 
@@ -260,12 +267,16 @@ def _fused(rows: Sequence[Row]) -> list[Outcome]:
     ours, copied = (medians(rows, provider, BANDWIDTH) for provider in ("cuda", "copy"))
     what = "fused: bandwidth / torch copy of the same bytes, large tables"
     outcomes.append(_worst(what, 0.85, ours, copied, at_most=False, unit="GB/s"))
-    plan = medians(rows, "cuda-plan", HOST)
-    floor = _median(rows, "floor-graph", HOST, bs=32)
+    plan, bare = (medians(rows, provider, HOST) for provider in ("cuda-plan", "bare-graph"))
+    floor = _median(rows, "floor-graph", HOST, floor_of="fused", bs=32)
     floors = dict.fromkeys(plan, floor) if floor else {}
+    mean = _mean("fused: plan enqueue / floor-graph enqueue, geometric mean", 1.5, plan, floors)
+    lowest = geometric_mean(ratios(bare, floors).values())
+    if lowest is not None:
+        mean = replace(mean, detail=f"{mean.detail}; bare-graph {lowest:.3g}")
     outcomes += [
         _worst("fused: plan enqueue / floor-graph enqueue, every case", 1.5, plan, floors),
-        _mean("fused: plan enqueue / floor-graph enqueue, geometric mean", 1.5, plan, floors),
+        mean,
     ]
     return outcomes
 

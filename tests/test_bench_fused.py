@@ -336,7 +336,7 @@ def any_device(monkeypatch):
     monkeypatch.setattr(providers, "needs_cuda_backend", lambda device: None)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda-plan", "sglang", "copy"])
+@pytest.mark.parametrize("name", ["cuda", "cuda-plan", "bare-graph", "sglang", "copy"])
 def test_without_a_gpu_a_provider_says_why(name, tmp_path, monkeypatch):
     monkeypatch.setenv(upstream.SOURCE_VARIABLE, str(write_sglang(tmp_path)))
     with pytest.raises(Absent, match="it takes CUDA tensors"):
@@ -480,12 +480,13 @@ def test_on_a_gpu_our_providers_are_right_and_captured(op):
     cupy_nsa_meta.last_status(device)
     session = Session(device, 64, effort=Effort(1, 5, 4, 20.0, 4))
     names = suite.EXTEND_PROVIDERS if op == "extend" else ("cuda", "cuda-plan", "copy")
+    names = (*names, "bare-graph")
     case = FusedCase(shape, 64, device, tables)
     measured = session.contest("fused", case, names, loaders=fused_providers.PROVIDERS)
     assert set(measured.host()) == set(names) - {"copy"}
-    assert set(measured.end_to_end()) == (set(names) if op == "extend" else set())
+    assert set(measured.end_to_end()) == (set(suite.EXTEND_PROVIDERS) if op == "extend" else set())
     case.keep_total()
-    assert set(measured.gpu()) == set(names) - {"loop"}
+    assert set(measured.gpu()) == set(names) - {"loop", "bare-graph"}
     assert (session.results.mismatches, session.results.left_out) == (0, [])
     assert cupy_nsa_meta.last_status(device) == 0, "no launch was told a wrong total"
 
@@ -515,6 +516,8 @@ def test_every_case_and_provider_has_its_rows(tmp_path, monkeypatch, any_device)
         (r["op"], *(r["case"][n] for n in ("width", "bs", "page_table_1", "kv")), r["provider"], r["metric"])
         for r in results.rows
     }  # fmt: skip
+    on_cpu = [name for name in suite.PROVIDERS if name != "bare-graph"]
+    assert {name for _, name, _ in results.left_out} == {"bare-graph"}
     expected = {
         (op, width, bs, page_table_1, kv, provider, metric)
         for op in suite.OPS
@@ -522,13 +525,13 @@ def test_every_case_and_provider_has_its_rows(tmp_path, monkeypatch, any_device)
         for bs in (3,)
         for page_table_1 in (False, True)
         for kv in fused.KV
-        for provider in suite.PROVIDERS
+        for provider in on_cpu
         for metric in ("host_us", "gpu_us")
     }
     expected |= {
         ("decode", 256, 4, False, kv, provider, metric)
         for kv in fused.KV
-        for provider in suite.PROVIDERS
+        for provider in on_cpu
         for metric in ("host_us", "gpu_us")
     }
     expected |= {
@@ -543,7 +546,7 @@ def test_every_case_and_provider_has_its_rows(tmp_path, monkeypatch, any_device)
     assert {r["case"]["seed"] for r in results.rows} == {5}
     lines = report.suite_tables(results.rows, "fused").splitlines()
     title = lines.index("fused, decode: GPU time, us")
-    assert lines[title + 1].split() == ["case", *suite.PROVIDERS]
+    assert lines[title + 1].split() == ["case", *on_cpu]
     assert sum(line.startswith("bs 4 width 256") for line in lines) == 4, "a line a case and metric"
     title = lines.index("fused, extend: end-to-end, us")
     assert lines[title + 1].split() == ["case", *suite.EXTEND_PROVIDERS]
@@ -567,7 +570,10 @@ def test_large_tables_have_a_bandwidth(monkeypatch, any_device):
     case.keep_total()
     assert bandwidth["p80"] == pytest.approx(case.moved_bytes / us["p20"] / 1e3, rel=1e-3)
     assert ("target_verify", "copy", "host_us") not in rows
-    assert session.results.really_absent() == {"sglang": "none here"}
+    assert session.results.really_absent() == {
+        "sglang": "none here",
+        "bare-graph": "the plan has no captured launch",
+    }
 
 
 def test_what_does_not_fit_is_a_note(monkeypatch, any_device):
@@ -627,7 +633,7 @@ def test_the_suite_on_the_cpu(tmp_path, capsys, monkeypatch):
         ("extend", "loop", "end_to_end_us"),
         ("extend", "torch", "end_to_end_us"),
     }
-    assert set(document["absent"]) == {"sglang", "cuda", "cuda-plan"}
+    assert set(document["absent"]) == {"sglang", "cuda", "cuda-plan", "bare-graph"}
     assert "fused, extend: end-to-end, us" in capsys.readouterr().out
 
 

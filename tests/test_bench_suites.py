@@ -593,8 +593,8 @@ def floor_line(provider: str, metric: str, samples: list[float], bs: int = 32) -
 
 def test_runs_of_the_floor_program_are_merged():
     samples = floor.Samples()
-    samples.read(floor_line("floor-graph", "host_us", [1.0, 1.0, 1.0]))
-    samples.read(floor_line("floor-graph", "host_us", [3.0, 3.0, 3.0, 3.0]))
+    samples.read(floor_line("floor-graph", "host_us", [1.0, 1.0, 1.0]), "seed")
+    samples.read(floor_line("floor-graph", "host_us", [3.0, 3.0, 3.0, 3.0]), "fused")
     results = Results()
     for _ in range(2):  # stored again after every suite
         samples.store(results)
@@ -602,11 +602,12 @@ def test_runs_of_the_floor_program_are_merged():
     assert (row["suite"], row["case"]) == ("floor", {"bs": 32, "rows": 96})
     assert (row["median"], row["p20"], row["count"]) == (3.0, 1.0, 7)
     assert row["medians_of_runs"] == [1.0, 3.0]
+    assert [floor.median_for(row, suite) for suite in ("seed", "fused", "cold")] == [1.0, 3.0, 3.0]
 
 
 def test_a_floor_that_cannot_run_is_absent():
     samples, results = floor.Samples(), Results()
-    samples.take(CPU, quick=True)
+    samples.take(CPU, quick=True, suite="seed")
     samples.store(results)
     assert results.really_absent() == dict.fromkeys(floor.PROVIDERS, "the floor is a CUDA program")
 
@@ -990,6 +991,17 @@ def changed(document: dict, factor: float, **wanted) -> dict:
 def test_a_target_missed_by_one_row(what, factor, wanted):
     assert outcome(stored(), what).met is True
     assert outcome(changed(stored(), factor, **wanted), what).met is False
+
+
+def test_the_floor_is_that_of_the_suite():
+    document = stored_with_fused()
+    plan, fused_plan = "plan.launch() /", "fused: plan enqueue / floor-graph enqueue, every case"
+    before = {what: outcome(document, what).measured for what in (plan, fused_plan)}
+    for row in document["rows"]:
+        if (row["provider"], row["metric"]) == ("floor-graph", "host_us"):
+            row["medians_by_suite"] = {"seed": row["median"] / 2, "fused": row["median"] * 2}
+    assert outcome(document, plan).measured == pytest.approx(2 * before[plan])
+    assert outcome(document, fused_plan).measured == pytest.approx(before[fused_plan] / 2)
 
 
 def test_kernels_compiled_later_miss_a_target():

@@ -21,7 +21,7 @@ FURTHER = (("decode", 8192, False, 1024),)
 QUICK_BATCH_SIZES = (32, 256)
 QUICK_WIDTHS = (4096,)
 QUICK_EXTEND_BATCH_SIZES = (16,)
-PROVIDERS = ("sglang", "cuda", "cuda-plan")
+PROVIDERS = ("sglang", "cuda", "cuda-plan", "bare-graph")
 EXTEND_PROVIDERS = ("loop", "torch", "cuda", "cuda-plan")
 #: From here on the bytes are several times the L2 cache, and time is that of the memory.
 LARGE_BYTES = 1 << 27
@@ -51,17 +51,17 @@ def run(session: Session) -> None:
     if not chosen:
         for name in PROVIDERS:
             session.results.leave_out(NAME, name, "it takes CUDA tensors")
-    if not session.quick:
-        session.run_floor()
     with session.progress(len(chosen) + len(batch_sizes), "fused family") as tick:
         for bs in batch_sizes:
             _extend(session, bs, effort)
             tick()
         for _, of_width in groupby(chosen, key=lambda shape: shape.width):
+            if not session.quick:
+                session.run_floor(NAME)
             for _ in _of_one_width(session, list(of_width), effort):
                 tick()
     if not session.quick:
-        session.run_floor()
+        session.run_floor(NAME)
     session.release()
 
 

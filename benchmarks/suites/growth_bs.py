@@ -32,7 +32,7 @@ def run(session: Session) -> None:
         replays=max(session.effort.replays // 2, 5),
     )
     if not session.quick:
-        session.run_floor()
+        session.run_floor(NAME)
     with session.progress(len(points) * len(CAPACITY_FACTORS), "growth in bs") as tick:
         for bs in points:
             for factor in CAPACITY_FACTORS:
@@ -52,5 +52,5 @@ def run(session: Session) -> None:
                 tick()
             if bs >= SLOW_FROM_BS:
                 session.release()
-    session.run_floor()
+    session.run_floor(NAME)
     session.release()

@@ -31,16 +31,14 @@ PROVIDERS = (
 def run(session: Session) -> None:
     batch_sizes = QUICK_BATCH_SIZES if session.quick else BATCH_SIZES
     effort = session.effort
-    session.run_floor()
     per_case = 2 * effort.rounds + effort.replays
     with session.progress(len(batch_sizes) * per_case, "seed table") as tick:
         for bs in batch_sizes:
+            session.run_floor(NAME)
             case = serving_case(bs, session.topk, session.device, seed=session.seed)
             contest = session.contest(NAME, case, PROVIDERS, tick)
             contest.end_to_end()
             contest.host()
             contest.gpu()
-            if bs == 32 and not session.quick:
-                session.run_floor()  # the batch size of the floor
-    session.run_floor()
+    session.run_floor(NAME)
     session.release()
