@@ -22,6 +22,15 @@ REQUIRE_GPU = os.environ.get("CUPY_NSA_META_REQUIRE_GPU") == "1"
 REQUIRE_CPU_GROUPS = os.environ.get("CUPY_NSA_META_REQUIRE_CPU_GROUPS") == "1"
 
 
+@pytest.fixture
+def large_memory():
+    """24 GB of GPU memory; torch would keep it, and other processes may share the GPU."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of GPU memory")
+    yield
+    torch.cuda.empty_cache()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

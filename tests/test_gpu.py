@@ -103,14 +103,13 @@ def test_the_total_of_a_huge_capacity_is_found_without_reading_it():
     )
 
 
+@pytest.mark.usefixtures("large_memory")
 def test_rows_up_to_int32_max():
     """T = 2^31 - 1, checked chunk by chunk on the device."""
     q_lens = [2**30, 0, 5, 2**30 - 6]
     kv_lens = [2**30 + 9, 3, 70, 2**30 - 7]
     total = sum(q_lens)
     assert total == 2**31 - 1
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GB of GPU memory")
     outs = [torch.full((total + 4,), POISON, dtype=torch.int32, device=DEVICE) for _ in range(2)]
     extend = torch.tensor(q_lens, dtype=torch.int32, device=DEVICE)
     seq = torch.tensor(kv_lens, dtype=torch.int64, device=DEVICE)

@@ -88,11 +88,10 @@ def test_twenty_runs_are_identical(name):
         built.check(wanted)
 
 
+@pytest.mark.usefixtures("large_memory")
 def test_table_offsets_beyond_2_to_31():
     """The last request's row begins 2^31 elements and more into req_to_token and page_table_1."""
     width, rows = 1 << 20, 2050
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GB of GPU memory")
     tokens = torch.full((rows, width), POISON, dtype=torch.int32, device=DEVICE)
     tokens[rows - 1] = torch.arange(width, device=DEVICE, dtype=torch.int32)
     table = torch.full((rows, width), POISON, dtype=torch.int32, device=DEVICE)
