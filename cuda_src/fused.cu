@@ -43,9 +43,9 @@
 namespace nsa {
 
 constexpr int kRequestsPerTile = kBlockThreads;
-// Resident blocks per multiprocessor that registers are spared for: sm_75 holds four; on sm_80 and sm_100
-// the fifth would cost a spill.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ <= 800 || __CUDA_ARCH__ / 10 == 100)
+// Resident blocks per multiprocessor that registers are spared for: sm_75 holds four; on sm_80, sm_100 and
+// sm_120 the fifth would cost a spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ <= 800 || __CUDA_ARCH__ / 10 == 100 || __CUDA_ARCH__ / 10 == 120)
 constexpr int kFusedBlocksPerSm = 4;
 #else
 constexpr int kFusedBlocksPerSm = 5;

@@ -212,7 +212,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_entry_is_compiled_anew_and_repaired(cache, caplog, damage):
+def test_a_damaged_entry_is_compiled_anew_and_repaired(cache, caplog, damage, monkeypatch):
+    # On several cores NVRTC 13.5 puts the kernels of a cubin in any order.
+    monkeypatch.setattr(_module, "SPLIT_COMPILE_NVRTC", (99, 0))
     caplog.set_level(logging.DEBUG, logger="cupy_nsa_meta")
     first = digest(_module.load(STEM, 0))
     entry = entry_of(cache)
