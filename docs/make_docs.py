@@ -100,6 +100,8 @@ def summary(thing: Any) -> str:
     text = re.split(r"\n(?:Args|Returns|Raises|Errors|Stream|Source)\b.*:", text)[0]
     parts: list[str] = []
     for part in text.strip().replace("``", "`").split("\n\n"):
+        if part == "::":  # by itself, before a block
+            continue
         if part.startswith("  "):
             parts.append(f"```\n{textwrap.dedent(part)}\n```")
         else:
