@@ -19,6 +19,7 @@ import torch
 from cupy_nsa_meta import _module
 
 from . import build
+from .floor import median_for
 from .measure import (
     BANDWIDTH,
     END_TO_END,
@@ -256,14 +257,14 @@ def _with_floor(rows: Sequence[Row], measured: Sequence[Row], metric: str) -> li
     lines: list[Sequence[str]] = [("case", "provider", "median", "p20", "p80", "floor", "x floor")]
     for row in measured:
         floor = floor_of(rows, metric, row["case"])
-        compared = floor is not None and floor is not row
+        us = None if floor is None else median_for(floor, row["suite"])
         lines.append(
             (
                 describe(row["case"]),
                 row["provider"],
                 *(number(row[name]) for name in ("median", "p20", "p80")),
-                number(floor["median"]) if floor is not None else "-",
-                f"{row['median'] / floor['median']:.2f}" if floor is not None and compared else "-",
+                number(us),
+                f"{row['median'] / us:.2f}" if us and floor is not row else "-",
             )
         )
     return lines

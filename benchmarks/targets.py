@@ -54,7 +54,7 @@ def targets(document: Document) -> list[Outcome]:
     rows: list[Row] = document["rows"]
 
     def median(provider: str, metric: str) -> float | None:
-        return _median(rows, provider, metric, bs=32, floor_of="seed")
+        return _median(rows, provider, metric, bs=32, beside="seed")
 
     def ratio(
         what: str,
@@ -120,10 +120,10 @@ def _median(
     provider: str,
     metric: str,
     suites: Sequence[str] = (),
-    floor_of: str = "",
+    beside: str = "",
     **labels: Any,
 ) -> float | None:
-    """``floor_of``: the suite that the floor is compared with."""
+    """``beside``: the suite that is compared with the floor."""
     for row in rows:
         if (
             row["provider"] == provider
@@ -131,12 +131,12 @@ def _median(
             and (row["suite"] in suites or (not suites and row["suite"] in ("seed", "floor")))
             and all(row["case"].get(name) == value for name, value in labels.items())
         ):
-            return median_for(row, floor_of)
+            return median_for(row, beside)
     return None
 
 
 def _gpu_times(rows: Sequence[Row]) -> list[Outcome]:
-    floor = _median(rows, "floor-empty", GPU) or 0.0
+    floor = _median(rows, "floor-empty", GPU, beside="growth-bs") or 0.0
     outcomes = []
     for factor in (1, 16):
         ours, empty_nodes = (
@@ -268,12 +268,12 @@ def _fused(rows: Sequence[Row]) -> list[Outcome]:
     what = "fused: bandwidth / torch copy of the same bytes, large tables"
     outcomes.append(_worst(what, 0.85, ours, copied, at_most=False, unit="GB/s"))
     plan, bare = (medians(rows, provider, HOST) for provider in ("cuda-plan", "bare-graph"))
-    floor = _median(rows, "floor-graph", HOST, floor_of="fused", bs=32)
+    floor = _median(rows, "floor-graph", HOST, beside="fused", bs=32)
     floors = dict.fromkeys(plan, floor) if floor else {}
     mean = _mean("fused: plan enqueue / floor-graph enqueue, geometric mean", 1.5, plan, floors)
     lowest = geometric_mean(ratios(bare, floors).values())
     if lowest is not None:
-        mean = replace(mean, detail=f"{mean.detail}; bare-graph {lowest:.3g}")
+        mean = replace(mean, detail=f"{mean.detail}; bare-graph {lowest:.3g} of {len(bare)}")
     outcomes += [
         _worst("fused: plan enqueue / floor-graph enqueue, every case", 1.5, plan, floors),
         mean,

@@ -318,6 +318,7 @@ class Template:
     def fill(self, buffer: bytearray, numbers: Numbers, tile_sums: int = 0) -> Launches:
         """Pack the arguments of a launch; its kernels and grids."""
         bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
+        # parts_of_rows depends on rows by whole tiles alone, is_small on padding by its presence.
         tiles_of_rows = -(-(total_len if total_len > pad_to else pad_to) // REQUESTS_PER_TILE)
         key = bs, uniform_q, tiles_of_rows, pad_to == 0, tile_sums, total_is_capacity
         found = self._shapes.get(key)

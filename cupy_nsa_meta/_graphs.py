@@ -74,7 +74,7 @@ class CapturedLaunch:
     def _release(self) -> None:
         """Also of an object that was not finished."""
         if getattr(self, "graph", 0):
-            with relaxed_capture():
+            with self.state.make_current(), relaxed_capture():
                 self.state.runtime.graphExecDestroy(self.graph)
 
 

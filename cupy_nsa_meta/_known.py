@@ -60,6 +60,11 @@ def is_like(guard: Guard, tensors: Sequence[Any]) -> bool:
 _is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 
 
+#: In a dict of what is kept for calls: what a key that was never met stands for, None being one
+#: that was met once.
+NEVER: Any = object()
+
+
 class MetOnce:
     """Keys that were met once, by their hashes; the oldest makes room."""
 

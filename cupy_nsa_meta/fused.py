@@ -109,7 +109,6 @@ class _KnownCall:
             _launch.give_arguments(arguments)
 
 
-_NEVER: Any = object()  # scalars that were not met
 MAX_KNOWN = 256  # calls of one operation
 MAX_PACKED = 1024  # of one known call
 _CUDA_BACKENDS = ("auto", "cuda")
@@ -182,10 +181,10 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
     ):
         return _Met(op, key, tensors, scalars, None)
     try:
-        packed = known.packed.get(scalars, _NEVER)
+        packed = known.packed.get(scalars, _known.NEVER)
     except TypeError:  # a number that cannot be hashed; the check raises
         return _Met(op, key, tensors, scalars, None)
-    if packed is None or packed is _NEVER:
+    if packed is None or packed is _known.NEVER:
         template, most, constants = known.checked
         if scalars[op.num_varying :] == constants:
             numbers = op.numbers(scalars, most)

@@ -18,12 +18,12 @@ from . import _check, _env, _fused_args, _launch, _traced, fused, reference_fuse
 from ._check import FusedCall, FusedOutputs
 from ._fused_args import Numbers, Template
 from ._graphs import CapturedLaunch, captured_or_none
+from ._known import NEVER
 from ._launch import PackedLaunch, current_raw_stream
 from ._status import INT32_MAX, Status, fused_error
 
 _PLAIN = frozenset((int, type(None)))
 _POINTER = struct.Struct("<Q")
-_NEVER: Any = object()  # numbers that were not met
 MAX_REMEMBERED = 1024  # batch sizes
 MAX_GRAPHS = 64  # captured launches, each of one batch size
 
@@ -172,23 +172,24 @@ class FusedPlan:
         types = type(bs), type(total_len), type(pad_to)
         key = bs, total_len, pad_to, *types
         try:
-            packed = self._packed.get(key, _NEVER)
-        except TypeError:  # a number that cannot be hashed; the check raises
-            packed = _NEVER
+            packed = self._packed.get(key, NEVER)
+        except TypeError:  # a number that cannot be hashed
+            self._numbers(bs, total_len, pad_to)  # raises
+            raise
         stream = current_raw_stream(state.device)
-        if packed is _NEVER:
+        if packed is NEVER:
             self._launch_once(self._numbers(bs, total_len, pad_to), stream, status)
             if len(self._packed) >= MAX_REMEMBERED:
                 self._packed.clear()
-            self._packed[key] = None
+            self._packed[key] = None  # met once
             return
         if packed is None:
             numbers = self._numbers(bs, total_len, pad_to)
             packed = self._packed[key] = self._template.pack(numbers, self._tile_sums(numbers))
-        if status is not self._status:
+        if status is not self._status:  # of run(), which captures nothing
             packed = PackedLaunch(packed.buffer, packed.launches)
             _POINTER.pack_into(packed.buffer, _fused_args.STATUS_AT, status.data_ptr())
-        elif (  # met before: worth a capture
+        elif (
             _PLAIN.issuperset(types)
             and len(self._captured) < MAX_GRAPHS
             and not state.is_capturing(stream)

@@ -272,6 +272,18 @@ def test_smaller_batches_pack_what_the_function_packs(op, fake_device):
         assert without_status(ours) == without_status(direct)
 
 
+class Unhashable(int):
+    def __eq__(self, other):
+        return int(self) == other
+
+
+def test_a_number_that_cannot_be_kept_launches_nothing(fake_device):
+    plan = plan_of(Built(BY_NAME["extend_basic_ps64"]))
+    with pytest.raises(TypeError, match="unhashable"):
+        plan.launch(Unhashable(1))
+    assert fake_device.launched == []
+
+
 def test_large_batches_bring_their_scratch(fake_device):
     bs = _fused_args.ONE_LAUNCH_MAX_BS + 1
     item = case("decode", "large", "", [1] * bs, tables=(), pool_rows=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -110,6 +111,34 @@ def test_a_second_thread_in_a_running_plan_is_refused(device):
     assert plan.run() == 5
 
 
+def test_an_interrupt_leaves_a_plan_free(fake_device):
+    """Python handles signals behind calls: at none of them may a plan keep its token."""
+
+    class Interrupt(BaseException):
+        pass
+
+    def interrupt(*_):
+        raise Interrupt
+
+    plan, *_ = make_plan(BY_NAME["contract"], "cpu")
+    fake_device.launch_graph = max  # does nothing, quickly
+    interrupts = 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for idx in range(3000):
+            plan.launch()  # captured anew
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 3e-5 + 1e-7 * (idx % 100))
+                for _ in range(5000):
+                    plan.launch()
+            except Interrupt:
+                interrupts += 1
+                assert plan._tokens == [None]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts > 1000
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_debug_sync_reads_the_status_of_a_launch(device, monkeypatch):
     plan, _, extend, _ = make_plan(BY_NAME["contract"], device)
@@ -186,8 +215,8 @@ def test_an_interrupted_run_captures_anew():
     item = BY_NAME["contract"]
     plan, outputs, *_ = make_plan(item, "cuda")
     assert plan.run() == 5
-    slot = plan._on_cuda.captured.slot
-    state = plan._on_cuda.state
+    slot = plan._captured.slot
+    state = plan._state
 
     class Interrupting:
         def __getattr__(self, name):
@@ -208,7 +237,7 @@ def test_an_interrupted_run_captures_anew():
     assert slot in state._retired
     outputs.poison()
     assert plan.run() == 5
-    assert plan._on_cuda.captured.slot is not slot
+    assert plan._captured.slot is not slot
     outputs.check(item.expected())
 
 
@@ -216,7 +245,7 @@ def test_an_interrupted_run_captures_anew():
 def test_a_deleted_plan_with_a_launch_under_way_keeps_its_slot_away():
     item = BY_NAME["contract"]
     plan, outputs, *_ = make_plan(item, "cuda")
-    state, slot = plan._on_cuda.state, plan._on_cuda.captured.slot
+    state, slot = plan._state, plan._captured.slot
     torch.cuda._sleep(20_000_000)
     plan.launch()
     del plan
@@ -233,8 +262,8 @@ def test_epochs_wrap():
     item = BY_NAME["contract"]
     plan, *_ = make_plan(item, "cuda")
     plan.run()
-    slot = plan._on_cuda.captured.slot
-    state = plan._on_cuda.state
+    slot = plan._captured.slot
+    state = plan._state
     slot.epoch = _launch.EPOCH_MASK - 1
     state._counts[slot.index * 8 // _launch.SLOT_BYTES] = _launch.EPOCH_MASK - 1
     torch.cuda.synchronize()
