@@ -28,6 +28,23 @@ STEP_LIMIT = 2.0
 ABOUT = 1.1  # "about 4 us": a tenth more is still about that
 #: EXTEND: requests -> times as fast as the loop over the requests
 LOOP_RATIOS = {1: 15, 16: 60, 64: 200, 256: 700}
+DROP_IN, GRAPH, LAUNCH = "cuda", "floor-graph", "floor-launch"
+#: What, metric, provider, what it is compared with, the limit of the ratio (to the drop-in call at
+#: least, to a floor at most), the provider that no call from Python can be quicker than.
+HOST_TARGETS = (
+    ("plan.run() / floor-graph", END_TO_END, "cuda-plan", GRAPH, 1.15, "bare-graph"),
+    ("plan.launch() / floor-graph enqueue", HOST, "cuda-plan", GRAPH, 1.4, "bare-graph"),
+    ("drop-in, buffers met before / floor-graph", END_TO_END, DROP_IN, GRAPH, 1.7, "bare-graph"),
+    ("seed-triton / drop-in", END_TO_END, "seed-triton", DROP_IN, 10, None),
+    ("seed-cuda / drop-in", END_TO_END, "seed-cuda", DROP_IN, 7, None),
+    ("python / drop-in", END_TO_END, "python", DROP_IN, 50, None),
+    ("drop-in, fresh buffers / floor-launch", END_TO_END, "cuda-fresh", LAUNCH, 1.6, "bare-launch"),
+    (
+        "drop-in, total_tokens= / floor-launch enqueue",
+        *(HOST, "cuda-total-tokens", LAUNCH, 2.0, "bare-launch"),
+    ),
+    ("async / floor-launch enqueue", HOST, "cuda-async", LAUNCH, 2.0, None),
+)
 
 
 @dataclass(frozen=True)
@@ -52,60 +69,7 @@ class Outcome:
 def targets(document: Document) -> list[Outcome]:
     """All targets, measured or not."""
     rows: list[Row] = document["rows"]
-
-    def median(provider: str, metric: str) -> float | None:
-        return _median(rows, provider, metric, bs=32, beside="seed")
-
-    def ratio(
-        what: str,
-        over: tuple[str, str],
-        under: tuple[str, str],
-        limit: float,
-        at_most: bool = True,
-        bound: str | None = None,
-    ) -> Outcome:
-        """``bound``: what no call from Python can be quicker than."""
-        top, bottom = median(*over), median(*under)
-        measured = top / bottom if top is not None and bottom else None
-        detail = f"{number(top)} / {number(bottom)} us" if measured is not None else ""
-        lowest = median(bound, over[1]) if bound else None
-        if detail and lowest is not None and bottom:
-            detail += f"; {bound} {number(lowest)} us, {lowest / bottom:.3g}"
-        return Outcome(what, limit, measured, at_most, detail)
-
-    graph, launch = ("floor-graph", END_TO_END), ("floor-launch", END_TO_END)
-    drop_in = ("cuda", END_TO_END)
-    outcomes = [
-        ratio(
-            "plan.run() / floor-graph", ("cuda-plan", END_TO_END), graph, 1.15, bound="bare-graph"
-        ),
-        ratio(
-            "plan.launch() / floor-graph enqueue",
-            ("cuda-plan", HOST),
-            (graph[0], HOST),
-            1.4,
-            bound="bare-graph",
-        ),
-        ratio("drop-in, buffers met before / floor-graph", drop_in, graph, 1.7, bound="bare-graph"),
-        ratio("seed-triton / drop-in", ("seed-triton", END_TO_END), drop_in, 10, at_most=False),
-        ratio("seed-cuda / drop-in", ("seed-cuda", END_TO_END), drop_in, 7, at_most=False),
-        ratio("python / drop-in", ("python", END_TO_END), drop_in, 50, at_most=False),
-        ratio(
-            "drop-in, fresh buffers / floor-launch",
-            ("cuda-fresh", END_TO_END),
-            launch,
-            1.6,
-            bound="bare-launch",
-        ),
-        ratio(
-            "drop-in, total_tokens= / floor-launch enqueue",
-            ("cuda-total-tokens", HOST),
-            (launch[0], HOST),
-            2.0,
-            bound="bare-launch",
-        ),
-        ratio("async / floor-launch enqueue", ("cuda-async", HOST), (launch[0], HOST), 2.0),
-    ]
+    outcomes = [_host_time(rows, *target) for target in HOST_TARGETS]
     outcomes += _gpu_times(rows)
     outcomes += _bandwidths(rows)
     outcomes += _cold(document)
@@ -113,6 +77,29 @@ def targets(document: Document) -> list[Outcome]:
     outcomes += _fused(rows)
     outcomes += _fused_extend(rows)
     return outcomes
+
+
+def _host_time(
+    rows: Sequence[Row],
+    what: str,
+    metric: str,
+    over: str,
+    under: str,
+    limit: float,
+    bound: str | None,
+) -> Outcome:
+    """One of ``HOST_TARGETS``."""
+
+    def median(provider: str) -> float | None:
+        return _median(rows, provider, metric, bs=32, beside="seed")
+
+    top, bottom = median(over), median(under)
+    measured = top / bottom if top is not None and bottom else None
+    detail = f"{number(top)} / {number(bottom)} us" if measured is not None else ""
+    lowest = median(bound) if bound else None
+    if detail and lowest is not None and bottom:
+        detail += f"; {bound} {number(lowest)} us, {lowest / bottom:.3g}"
+    return Outcome(what, limit, measured, at_most=under != DROP_IN, detail=detail)
 
 
 def _median(
