@@ -348,12 +348,32 @@ class FusedCase:
 
     def call(self, function: Callable[..., object]) -> Callable[[int], object]:
         """A call with the same tensors every time, by keyword as SGLang calls."""
-        return self._call(function, self.out)
+        return self._call(function, self._arguments_of_call(self.out))
 
-    def _call(self, function: Callable[..., object], outputs: Outputs) -> Callable[[int], object]:
+    def call_on_views(
+        self, function: Callable[..., object]
+    ) -> tuple[Callable[[int], object], Callable[[], None]]:
+        """The same call, and what puts new tensors of the same memory in the place of its tensors,
+        as a server does that cuts ``seq_lens[:bs]`` at every step."""
+        arguments = self._arguments_of_call(self.out)
+
+        def renew() -> None:
+            for name, value in arguments.items():
+                if isinstance(value, torch.Tensor):
+                    arguments[name] = value.view(value.shape)
+
+        return self._call(function, arguments), renew
+
+    def _arguments_of_call(self, outputs: Outputs) -> dict[str, Any]:
+        """Those of the function; total_len is left to the call."""
         arguments = self._arguments(outputs)
         if self.op != "extend":
             arguments["bs"] = self.shape.bs
+        return arguments
+
+    def _call(
+        self, function: Callable[..., object], arguments: dict[str, Any]
+    ) -> Callable[[int], object]:
         if self._has_extend:
             return lambda total: function(total_len=total, **arguments)
         return lambda total: function(**arguments)
@@ -414,7 +434,7 @@ class FusedCase:
         self._expected.poison()
         function = getattr(cupy_nsa_meta, FUNCTIONS[self.op])
         with measure.environment({"CUPY_NSA_META_BACKEND": "python"}):
-            self._call(function, self._expected)(batch.total)
+            self._call(function, self._arguments_of_call(self._expected))(batch.total)
         self._expected_of = batch
 
 

@@ -1,6 +1,7 @@
 """Providers of the fused family: ours, SGLang's, and what builds EXTEND metadata today.
 
-ours         cuda (the eager function), cuda-plan (``plan.launch``)
+ours         cuda (the eager function), cuda-views (the same, on new tensors of the same memory),
+             cuda-plan (``plan.launch``)
 replaced     sglang: its Triton kernels of decode, target-verify and draft-extend;
              loop: EXTEND as SGLang builds it, request by request; torch: the same, vectorised
 bound        copy: torch copies as many bytes as the tables need; bare-graph: CuPy's call that
@@ -28,6 +29,17 @@ def load_cuda(device: torch.device) -> Binder:
 
     def bind(case: FusedCase) -> Bound:
         return _bound(case, case.call(getattr(cupy_nsa_meta, FUNCTIONS[case.op])))
+
+    return bind
+
+
+def load_cuda_views(device: torch.device) -> Binder:
+    """The eager function on tensor objects that it has never seen; its host time."""
+    providers.needs_cuda_backend(device)
+
+    def bind(case: FusedCase) -> Bound:
+        enqueue, renew = case.call_on_views(getattr(cupy_nsa_meta, FUNCTIONS[case.op]))
+        return Bound(enqueue=enqueue, prepare=renew)
 
     return bind
 
@@ -235,6 +247,7 @@ def _returning(case: FusedCase, call: Callable[[int], Tensors]) -> Bound:
 PROVIDERS: dict[str, Loader] = {
     "sglang": load_sglang,
     "cuda": load_cuda,
+    "cuda-views": load_cuda_views,
     "cuda-plan": load_cuda_plan,
     "bare-graph": load_bare_graph,
     "loop": load_loop,

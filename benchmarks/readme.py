@@ -114,10 +114,11 @@ def _fused_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     gpu, their_gpu, enqueue, their_enqueue = (
         medians(rows, provider, metric) for metric in (GPU, HOST) for provider in ("cuda", "sglang")
     )
-    plan = medians(rows, "cuda-plan", HOST)
+    views, plan = (medians(rows, provider, HOST) for provider in ("cuda-views", "cuda-plan"))
     batches = [batch for batch in FUSED_BATCHES if any(point[1:3] == batch for point in gpu)]
     header = ["GPU us (SGLang)", *(f"bs {bs:,}, W {width:,}" for bs, width in batches)]
-    header += ["ratio, geometric mean", "ratio, largest", "enqueue (SGLang)", "`plan.launch()`"]
+    header += ["ratio, geometric mean", "ratio, largest", "enqueue (SGLang)"]
+    header += ["on new tensor objects", "`plan.launch()`"]
     lines = _with_rule(header)
     for op, page_table_1 in product(TITLES, (False, True)):
         if not any((point.op, point.page_table_1) == (op, page_table_1) for point in gpu):
@@ -136,6 +137,7 @@ def _fused_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
                 "" if mean is None else f"{mean:.2f}",
                 f"{max(found):.2f}" if found else "",
                 _beside(enqueue, their_enqueue, points[-1]),
+                _cell(views.get(points[-1])),
                 _cell(plan.get(points[-1])),
             ]
         )

@@ -269,28 +269,34 @@ def _fused(rows: Sequence[Row]) -> list[Outcome]:
 
 
 def _fused_extend(rows: Sequence[Row]) -> list[Outcome]:
-    ours, loop, torch = (
-        medians(rows, provider, END_TO_END, "extend") for provider in ("cuda", "loop", "torch")
+    ours, plan, loop, torch = (
+        medians(rows, provider, END_TO_END, "extend")
+        for provider in ("cuda", "cuda-plan", "loop", "torch")
     )
+
+    def times_quicker(
+        what: str, limit: float, other: dict[Point, float], bs: int | None = None
+    ) -> Outcome:
+        def wanted(point: Point) -> bool:
+            return bs in (None, point.bs)
+
+        outcome = _worst(what, limit, other, ours, wanted, at_most=False)
+        planned = min(ratios(other, plan, wanted).values(), default=None)
+        return replace(outcome, detail=f"{outcome.detail}; its plan {number(planned)}")
+
     outcomes = [
-        _worst(
-            f"fused: EXTEND, loop / ours, bs {bs}",
-            limit,
-            loop,
-            ours,
-            lambda point, wanted=bs: point.bs == wanted,
-            at_most=False,
-        )
+        times_quicker(f"fused: EXTEND, loop / ours, bs {bs}", limit, loop, bs)
         for bs, limit in LOOP_RATIOS.items()
     ]
-    outcomes.append(_worst("fused: EXTEND, torch / ours", 15, torch, ours, at_most=False))
+    outcomes.append(times_quicker("fused: EXTEND, torch / ours", 15, torch))
     slowest = max(ours, key=lambda point: ours[point], default=None)
+    planned = number(max(plan.values(), default=None))
     outcomes.append(
         Outcome(
             "fused: EXTEND, call and wait, us",
             12 * ABOUT,
             None if slowest is None else ours[slowest],
-            detail="" if slowest is None else f"bs {slowest.bs}",
+            detail="" if slowest is None else f"bs {slowest.bs}; its plan {planned} at most",
         )
     )
     return outcomes

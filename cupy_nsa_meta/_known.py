@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -89,25 +90,75 @@ class MetOnce:
 Value = TypeVar("Value")
 
 
-class KnownCalls(Generic[Value]):
-    """What is kept for calls on known tensors, by the ids of the objects and what else a call is.
+class _Known(Generic[Value]):
+    """What is kept for one call, and by what calls are told to be like it."""
 
-    An entry ends with the first of its tensors, so an id that is found is that of the very object,
-    whose sizes, address and so on are for the guard to compare. It is made when its key is met the
-    second time, then the eighth and so on: most callers either use the same tensors all the time or
-    new ones all the time, and new ones may get old ids. A full collection starts anew: a server
-    makes few kinds of calls.
+    __slots__ = ("addresses", "guard", "pick", "value")
+
+    def __init__(
+        self,
+        pick: Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]],
+        guard: Guard,
+        addresses: tuple[int, ...],
+        value: Value,
+    ) -> None:
+        self.pick = pick  # of a call's tensors those that are not None, each once
+        self.guard = guard
+        self.addresses = addresses
+        self.value = value
+
+
+#: Which tensors are None (-1) or the very object of one before; the size of the first; addresses.
+Memory = tuple[tuple[int, ...], int, tuple[int, ...]]
+
+
+class KnownCalls(Generic[Value]):
+    """What is kept for calls on memory that was met before. Keeps no tensor alive.
+
+    ``tensors`` are those of a call, None where one is not given. A call is found by the very
+    objects of an earlier one, or else by their memory: servers cut ``seq_lens[:bs]`` anew at every
+    step. What is kept by objects ends with the first of them, so an id that is found is that of the
+    very object. Sizes and so on are for the guard to compare.
+
+    Anything is kept when it is met the second time, then the eighth and so on: what comes once does
+    not come back, and calls with equal addresses that differ otherwise would replace each other. A
+    full collection starts anew: a server makes few kinds of calls.
     """
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
-        self.entries: dict[Hashable, Value] = {}
-        self.find = self.entries.get
-        self._alive: dict[Hashable, list[weakref.ref[torch.Tensor]]] = {}
+        self._of_objects: dict[tuple[int, ...], _Known[Value]] = {}  # by ids
+        self._alive: dict[tuple[int, ...], list[weakref.ref[torch.Tensor]]] = {}
+        self._of_memory: dict[Memory, _Known[Value]] = {}
         self._met: dict[int, int] = {}
 
+    def of_objects(self, tensors: tuple[Any, ...]) -> Value | None:
+        known = self._of_objects.get(tuple(map(id, tensors)))
+        if known is not None:
+            present = known.pick(tensors)
+            if known.guard(*present) and known.addresses == tuple(map(data_ptr, present)):
+                return known.value
+        return None
+
+    def of_memory(self, tensors: tuple[Any, ...]) -> tuple[Value | None, Memory | None]:
+        """What is kept for a call whose objects are not known, and its memory where it has one."""
+        ids = tuple(map(id, tensors))
+        try:
+            places = {_ID_OF_NONE: -1}
+            pattern = tuple(map(places.setdefault, ids, range(len(ids))))
+            present = _present(ids, tensors)
+            memory = pattern, tensors[0].numel(), tuple(map(data_ptr, present))
+        except Exception:  # what DLPack shares, and what is no tensor: the check says what
+            return None, None
+        known = self._of_memory.get(memory)
+        if known is None or any(map(_is_nested, present)) or not known.guard(*present):
+            return None, memory
+        if self.is_due(ids):
+            self._keep_objects(ids, known, present)
+        return known.value, memory
+
     def is_due(self, key: Hashable) -> bool:
-        """Count a meeting with a key that has no valid entry; whether to make one now."""
+        """Count a meeting with a memory for which nothing was found; whether to keep something."""
         number = hash(key)
         times = self._met.pop(number, 0) + 1
         if len(self._met) >= self.max_size:
@@ -115,27 +166,47 @@ class KnownCalls(Generic[Value]):
         self._met[number] = times
         return times in DUE
 
-    def keep(self, key: Hashable, value: Value, tensors: Sequence[torch.Tensor]) -> None:
-        if len(self.entries) >= self.max_size:
+    def keep(self, memory: Memory, tensors: tuple[Any, ...], value: Value) -> None:
+        """For calls like this one, where there can be a guard."""
+        ids = tuple(map(id, tensors))
+        present = _present(ids, tensors)
+        is_alike = guard(present)
+        if is_alike is None or len(present) < 2:
+            return
+        if len(self._of_memory) >= self.max_size:
             self.clear()
-        entries, alive = self.entries, self._alive
-
-        def forget(_: weakref.ref[torch.Tensor]) -> None:
-            entries.pop(key, None)
-            alive.pop(key, None)
-
-        alive[key] = [weakref.ref(tensor, forget) for tensor in tensors]
-        entries[key] = value
+        pattern, _, addresses = memory
+        pick = itemgetter(*sorted({*pattern} - {-1}))
+        self._of_memory[memory] = known = _Known(pick, is_alike, addresses, value)
+        self._keep_objects(ids, known, present)
 
     def clear(self) -> None:
-        self.entries.clear()
-        self._alive.clear()
-        self._met.clear()
+        for kept in (self._of_objects, self._alive, self._of_memory, self._met):
+            kept.clear()
 
+    def _keep_objects(
+        self, ids: tuple[int, ...], known: _Known[Value], present: Sequence[torch.Tensor]
+    ) -> None:
+        if len(self._of_objects) >= self.max_size:
+            self.clear()
+        of_objects, alive = self._of_objects, self._alive
+
+        def forget(_: weakref.ref[torch.Tensor]) -> None:
+            of_objects.pop(ids, None)
+            alive.pop(ids, None)
+
+        alive[ids] = [weakref.ref(tensor, forget) for tensor in present]
+        of_objects[ids] = known
+
+
+def _present(ids: tuple[int, ...], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of a call's tensors that are not None, each once."""
+    objects = dict(zip(ids, tensors, strict=True))
+    objects.pop(_ID_OF_NONE, None)
+    return tuple(objects.values())
+
+
+_ID_OF_NONE = id(None)
 
 #: Meetings with what is not known at which it is worth to make it known.
 DUE = frozenset(2 * 4**k for k in range(12))
-
-
-def addresses(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    return tuple(map(data_ptr, tensors))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -65,19 +64,9 @@ class _Checked(NamedTuple):
 class _KnownCall:
     """What is kept for calls on known tensors, of which none is kept alive."""
 
-    __slots__ = ("addresses", "checked", "guard", "packed", "pick", "state")
+    __slots__ = ("checked", "packed", "state")
 
-    def __init__(
-        self,
-        pick: Callable[[tuple[Any, ...]], tuple[Any, ...]],
-        guard: _known.Guard,
-        addresses: tuple[int, ...],
-        state: _launch.DeviceState,
-        checked: _Checked,
-    ) -> None:
-        self.pick = pick  # of a call's tensors those that are not None, each once
-        self.guard = guard
-        self.addresses = addresses
+    def __init__(self, state: _launch.DeviceState, checked: _Checked) -> None:
         self.state = state
         #: By the scalars of a call; None: met once, not yet packed for good.
         self.packed: dict[tuple[Any, ...], PackedLaunch | None] = {}
@@ -101,12 +90,12 @@ class _KnownCall:
             self.keep(scalars, packed)
             state.launch(packed, stream, packed.launches)
             return
-        self.keep(scalars, None)
         arguments = _launch.take_arguments()
         try:
             state.launch(arguments, stream, template.fill(arguments.buffer, numbers))
         finally:
             _launch.give_arguments(arguments)
+        self.keep(scalars, None)
 
 
 MAX_KNOWN = 256  # calls of one operation
@@ -120,7 +109,7 @@ class _Op(NamedTuple):
     num_varying: int
     #: From scalars and the numbers of the call checked before; None: to be checked.
     numbers: Callable[[tuple[Any, ...], Numbers], Numbers | None]
-    known: _known.KnownCalls[_KnownCall]  # by the ids of a call's tensors
+    known: _known.KnownCalls[_KnownCall]
 
 
 def _decode_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers:
@@ -159,31 +148,28 @@ class _Met(NamedTuple):
     """A call that was not launched by what is known of it."""
 
     op: _Op
-    key: tuple[Any, ...]
     tensors: tuple[Any, ...]
+    memory: _known.Memory | None
     scalars: tuple[Any, ...]
-    known: _KnownCall | None  # whose tensors are those of this call
+    known: _KnownCall | None  # of its tensors
 
 
 def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met | None:
     """Launch a call that is known; None when that was done."""
-    key = tuple(map(id, tensors))
-    known = op.known.find(key)
+    known, memory = op.known.of_objects(tensors), None
     if known is None:
-        return _Met(op, key, tensors, scalars, None)
-    present = known.pick(tensors)
+        known, memory = op.known.of_memory(tensors)
     variables = _env.variables
     if (
-        not known.guard(*present)
-        or known.addresses != tuple(map(_known.data_ptr, present))
+        known is None
         or (_env.BACKEND in variables and _env.backend() not in _CUDA_BACKENDS)
         or (_env.DEBUG_SYNC in variables and _env.debug_sync())
     ):
-        return _Met(op, key, tensors, scalars, None)
+        return _Met(op, tensors, memory, scalars, None)
     try:
         packed = known.packed.get(scalars, _known.NEVER)
     except TypeError:  # a number that cannot be hashed; the check raises
-        return _Met(op, key, tensors, scalars, None)
+        return _Met(op, tensors, memory, scalars, None)
     if packed is None or packed is _known.NEVER:
         template, most, constants = known.checked
         if scalars[op.num_varying :] == constants:
@@ -196,7 +182,7 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
             ):
                 known.meet(scalars, numbers, template, packed is None)
                 return None
-        return _Met(op, key, tensors, scalars, known)
+        return _Met(op, tensors, memory, scalars, known)
     # From the second time on as a captured launch. Cache.lookup and Cache.launch would do the same
     # where there is one; the two calls cost 0.1 us.
     state = known.state
@@ -228,26 +214,18 @@ def _keep(
     state: _launch.DeviceState,
     met: _Met,
 ) -> None:
-    """Keep what is known of a call that was checked, when its tensors are met again."""
-    op, key, tensors, scalars, known = met
-    if known is None and not op.known.is_due(key):
-        return
+    """Keep what is known of a call that was checked, when its memory is met again."""
+    op, tensors, memory, scalars, known = met
     is_plain = _PLAIN_TYPES.issuperset(map(type, scalars))
     checked = _Checked(template, numbers, scalars[op.num_varying :] if is_plain else ())
     if known is not None:
         known.checked = checked
         known.keep(scalars, packed)
         return
-    places = {id(tensor): k for k, tensor in enumerate(tensors) if tensor is not None}
-    present = [tensors[k] for k in places.values()]
-    if len(present) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in present):
-        return  # something that DLPack shares
-    guard = _known.guard(present)
-    if guard is not None:
-        pick = itemgetter(*places.values())
-        known = _KnownCall(pick, guard, _known.addresses(present), state, checked)
+    if memory is not None and op.known.is_due(memory):
+        known = _KnownCall(state, checked)
         known.keep(scalars, packed)
-        op.known.keep(key, known, present)
+        op.known.keep(memory, tensors, known)
 
 
 _PLAIN_TYPES = frozenset((int, bool, type(None)))  # not those of ``_typed``

@@ -87,6 +87,7 @@ def fused_rows() -> list[dict[str, Any]]:
         for provider, us in (("cuda", 5.0), ("cuda-plan", 2.0)):
             add(provider, "gpu_us", ours)
             add(provider, "host_us", us)
+        add("cuda-views", "host_us", 6.0)
         add("bare-graph", "host_us", 1.8)
         if page_table_1 and moved >= 1 << 27:
             for provider, factor in (("cuda", 0.95), ("copy", 1.0)):

@@ -336,7 +336,9 @@ def any_device(monkeypatch):
     monkeypatch.setattr(providers, "needs_cuda_backend", lambda device: None)
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda-plan", "bare-graph", "sglang", "copy"])
+@pytest.mark.parametrize(
+    "name", ["cuda", "cuda-views", "cuda-plan", "bare-graph", "sglang", "copy"]
+)
 def test_without_a_gpu_a_provider_says_why(name, tmp_path, monkeypatch):
     monkeypatch.setenv(upstream.SOURCE_VARIABLE, str(write_sglang(tmp_path)))
     with pytest.raises(Absent, match="it takes CUDA tensors"):
@@ -480,13 +482,13 @@ def test_on_a_gpu_our_providers_are_right_and_captured(op):
     cupy_nsa_meta.last_status(device)
     session = Session(device, 64, effort=Effort(1, 5, 4, 20.0, 4))
     names = suite.EXTEND_PROVIDERS if op == "extend" else ("cuda", "cuda-plan", "copy")
-    names = (*names, "bare-graph")
+    names = (*names, "cuda-views", "bare-graph")
     case = FusedCase(shape, 64, device, tables)
     measured = session.contest("fused", case, names, loaders=fused_providers.PROVIDERS)
     assert set(measured.host()) == set(names) - {"copy"}
     assert set(measured.end_to_end()) == (set(suite.EXTEND_PROVIDERS) if op == "extend" else set())
     case.keep_total()
-    assert set(measured.gpu()) == set(names) - {"loop", "bare-graph"}
+    assert set(measured.gpu()) == set(names) - {"loop", "cuda-views", "bare-graph"}
     assert (session.results.mismatches, session.results.left_out) == (0, [])
     assert cupy_nsa_meta.last_status(device) == 0, "no launch was told a wrong total"
 
@@ -534,6 +536,7 @@ def test_every_case_and_provider_has_its_rows(tmp_path, monkeypatch, any_device)
         for provider in on_cpu
         for metric in ("host_us", "gpu_us")
     }
+    expected = {row for row in expected if row[-2:] != ("cuda-views", "gpu_us")}
     expected |= {
         ("extend", fused.EXTEND_WIDTH, 2, False, "half", provider, metric)
         for provider in suite.EXTEND_PROVIDERS
@@ -546,7 +549,7 @@ def test_every_case_and_provider_has_its_rows(tmp_path, monkeypatch, any_device)
     assert {r["case"]["seed"] for r in results.rows} == {5}
     lines = report.suite_tables(results.rows, "fused").splitlines()
     title = lines.index("fused, decode: GPU time, us")
-    assert lines[title + 1].split() == ["case", *on_cpu]
+    assert lines[title + 1].split() == ["case", *(p for p in on_cpu if p != "cuda-views")]
     assert sum(line.startswith("bs 4 width 256") for line in lines) == 4, "a line a case and metric"
     title = lines.index("fused, extend: end-to-end, us")
     assert lines[title + 1].split() == ["case", *suite.EXTEND_PROVIDERS]
@@ -633,7 +636,7 @@ def test_the_suite_on_the_cpu(tmp_path, capsys, monkeypatch):
         ("extend", "loop", "end_to_end_us"),
         ("extend", "torch", "end_to_end_us"),
     }
-    assert set(document["absent"]) == {"sglang", "cuda", "cuda-plan", "bare-graph"}
+    assert set(document["absent"]) == {"sglang", "cuda", "cuda-views", "cuda-plan", "bare-graph"}
     assert "fused, extend: end-to-end, us" in capsys.readouterr().out
 
 
@@ -694,6 +697,15 @@ def test_a_target_missed(what):
     assert outcome.detail
 
 
+def test_what_a_plan_reaches_is_beside_it():
+    document = stored()
+    found = outcomes(document)
+    assert found["EXTEND, loop / ours, bs 64"].detail.endswith("; its plan 401")
+    assert found["EXTEND, call and wait, us"].detail.endswith("; its plan 7.60 at most")
+    document["rows"] = [r for r in document["rows"] if r["provider"] != "cuda-plan"]
+    assert outcomes(document)["EXTEND, torch / ours"].detail.endswith("; its plan -")
+
+
 def test_the_worst_case_is_named():
     detail = outcomes(stored())["bandwidth / torch copy of the same bytes, large tables"].detail
     assert detail.startswith("3,800 / 4,000 GB/s at decode bs 256 W 131072 page_table_1 kv half")
@@ -715,12 +727,12 @@ def test_the_readme_tables():
     decode = next(line for line in text.splitlines() if line.startswith("| decode |"))
     cells = [cell.strip() for cell in decode.strip("|").split("|")]
     assert cells[2] == "1.48 (9.56)"
-    assert cells[-2:] == ["5.00 (40.2)", "2.00"]
+    assert cells[-3:] == ["5.00 (40.2)", "6.00", "2.00"]
     found = fused_results.ratios(
         *(fused_results.medians(stored()["rows"], name, "gpu_us", "decode") for name in ("cuda", "sglang")),
         lambda point: not point.page_table_1,
     )  # fmt: skip
-    assert cells[-4:-2] == [
+    assert cells[-5:-3] == [
         f"{np.exp(np.mean(np.log(list(found.values())))):.2f}",
         f"{max(found.values()):.2f}",
     ]

@@ -7,6 +7,7 @@ import gc
 import inspect
 import threading
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -618,7 +619,7 @@ def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_d
         assert known == new
         kinds.add(type(new))
     assert kinds == {str, tuple}
-    assert getattr(fused, FUSED_OPS[op]).known.entries
+    assert getattr(fused, FUSED_OPS[op]).known._of_memory
 
 
 def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
@@ -712,11 +713,77 @@ def test_no_tensor_of_a_known_call_is_kept_alive(fake_device):
     built = Built(BY_NAME["verify_basic_ps64"])
     for _ in range(4):
         built.run()
+    assert fused._VERIFY.known._of_objects
     alive = [weakref.ref(t) for t in built.arguments.values() if isinstance(t, torch.Tensor)]
     del built
     gc.collect()
     assert {ref() for ref in alive} == {None}
-    assert not fused._VERIFY.known.entries
+    assert not fused._VERIFY.known._of_objects
+    assert not fused._VERIFY.known._alive
+
+
+def views(built: Built) -> dict[str, Any]:
+    """The arguments of a call in new objects over the same memory."""
+    return {
+        name: value.view(value.shape) if isinstance(value, torch.Tensor) else value
+        for name, value in built.arguments.items()
+    }
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_new_tensors_of_known_memory_are_launched_without_a_check(op, fake_device, monkeypatch):
+    """As from a server that cuts ``seq_lens[:bs]`` at every step."""
+    built = Built(BY_NAME[f"{op}_basic_ps64"])
+    function = FUNCTIONS[op]
+    for _ in range(3):
+        function(**views(built))
+    wanted = expected(built.case)
+    monkeypatch.setattr(_check, "fused", None)
+    replays = fake_device.runtime.replays
+    for _ in range(2):
+        built.poison()
+        function(**views(built))
+        built.check(wanted)
+    assert fake_device.runtime.replays == replays + 2
+
+
+def test_kinds_of_calls_that_alternate_are_all_known(fake_device, monkeypatch):
+    """With one table, another, both, none; of the whole memory and of less; an input given twice."""
+    built = Built(BY_NAME["decode_basic_ps64"])
+    given = built.arguments
+    kinds = [
+        given,
+        given | {"page_table_1": None},
+        given | {"real_page_table": None},
+        given | {"page_table_1": None, "real_page_table": None},
+        given | {"seq_lens": given["seq_lens"][:3], "bs": 3},
+        given | {"req_pool_indices": given["seq_lens"]},
+    ]
+    for _ in range(4):
+        for kind in kinds:
+            FUNCTIONS["decode"](**kind)
+    first = fake_device.launched[: len(kinds)]
+    fake_device.launched.clear()
+    forget_fused_calls(monkeypatch, FUSED_OPS["decode"])
+    monkeypatch.setenv("CUPY_NSA_META_GRAPH_CACHE", "0")
+    for _ in range(3):
+        for kind in kinds:
+            FUNCTIONS["decode"](**kind)
+    monkeypatch.setattr(_check, "fused", None)
+    for kind in kinds:
+        FUNCTIONS["decode"](**kind)
+    assert fake_device.launched == first * 4
+
+
+def test_sizes_that_alternate_at_one_address(fake_device):
+    """What only the guard tells apart: another size of a tensor that is not the first."""
+    built = Built(BY_NAME["decode_basic_ps64"])
+    given = built.arguments
+    short = given | {"cache_seqlens": given["cache_seqlens"][:3]}
+    for _ in range(20):
+        FUNCTIONS["decode"](**given)
+        with pytest.raises(ValueError, match=r"cache_seqlens: expected \[>= 4\], got \[3\]"):
+            FUNCTIONS["decode"](**short)
 
 
 def test_every_kernel_is_warmed_up(fake_device, monkeypatch):
@@ -772,6 +839,6 @@ def test_few_calls_are_remembered(fake_device, monkeypatch):
     built = Built(BY_NAME["decode_basic_ps64"])
     for width in (*range(20), *range(20)):
         FUNCTIONS["decode"](**built.arguments | {"max_len": width})
-    (known,) = fused._DECODE.known.entries.values()
-    assert 1 <= len(known.packed) <= 3
+    (known,) = fused._DECODE.known._of_memory.values()
+    assert 1 <= len(known.value.packed) <= 3
     assert len(fake_device.launched) == 40

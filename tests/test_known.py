@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -849,25 +850,103 @@ def test_what_was_met_once_is_bounded():
     assert not met.is_again(4)
 
 
+def find(calls: _known.KnownCalls, *tensors: Any) -> Any:
+    """By the very objects, or else by their memory."""
+    found = calls.of_objects(tensors)
+    return calls.of_memory(tensors)[0] if found is None else found
+
+
+def keep(calls: _known.KnownCalls, value: str, *tensors: Any) -> None:
+    calls.keep(calls.of_memory(tensors)[1], tensors, value)
+
+
 def test_known_calls_are_bounded():
     calls = _known.KnownCalls(3)
-    tensor = torch.zeros(1)
+    a = torch.zeros(20)
     for number in range(20):
+        tensors = a, a[number:]
+        assert find(calls, *tensors) is None
         due = [calls.is_due(number) for _ in range(9)]
         assert due == [False, True, False, False, False, False, False, True, False]
-        calls.keep(number, str(number), [tensor])
-        assert 1 <= len(calls.entries) <= 3
-        assert calls.find(number) == str(number)
-    assert len(calls._met) <= 3
-    assert calls.entries.keys() == calls._alive.keys()
+        keep(calls, str(number), *tensors)
+        for _ in range(9):
+            assert find(calls, a, a[number:]) == str(number)
+        for kept in (calls._of_memory, calls._of_objects, calls._met):
+            assert 1 <= len(kept) <= 3
+        assert calls._of_objects.keys() == calls._alive.keys()
 
 
-def test_an_entry_ends_with_its_first_tensor():
+def test_what_is_kept_by_objects_ends_with_the_first_of_them():
     calls = _known.KnownCalls(3)
-    first, second = torch.zeros(1), torch.zeros(1)
-    calls.keep("key", "value", [first, second])
-    assert calls.find("key") == "value"
+    memory = torch.zeros(8)
+    first, second = memory[:4], memory[4:]
+    keep(calls, "value", first, second)
+    assert calls.of_objects((first, second)) == "value"
     del second
     gc.collect()
-    assert calls.find("key") is None
+    assert not calls._of_objects
     assert not calls._alive
+    assert find(calls, first, memory[4:]) == "value"
+
+
+def test_what_known_calls_tell_apart():
+    calls = _known.KnownCalls(99)
+    a = torch.zeros(12, dtype=torch.int32)
+    b, c = a[4:8], a[8:]
+    kinds = {
+        "all": (a, b, c),
+        "other_memory": (a, b, a[7:11]),
+        "without_the_last": (a, b, None),
+        "without_the_middle": (a, None, b),
+        "without_both": (a, None, None),
+        "two_are_one": (a, b, b),
+        "all_are_one": (b, b, b),
+        "shorter": (a[:11], b, c),
+        "exchanged": (a, c, b),
+    }
+    for name, tensors in kinds.items():
+        keep(calls, name, *tensors)
+    unknown = {"without_both", "all_are_one"}  # guards compare two tensors or more
+    for _ in range(2):
+        for name, tensors in kinds.items():
+            assert find(calls, *tensors) == (None if name in unknown else name)
+    for name in ("all", "without_the_last", "shorter"):
+        views = (None if t is None else t.view(t.shape) for t in kinds[name])
+        assert find(calls, *views) == name
+    assert find(calls, a, b, b.view(4)) is None, "two views of one memory are not one object"
+    assert find(calls, a, b, c.view(torch.float32)) is None
+    assert find(calls, a, b, c[:3]) is None
+    assert find(calls, a, b, c.reshape(2, 2)) is None
+
+
+@pytest.mark.parametrize("position", range(3))
+@pytest.mark.parametrize("kind", ["none", "number", "array", "nested", "sparse", "ellipsis"])
+def test_what_is_no_known_tensor(position, kind):
+    calls = _known.KnownCalls(99)
+    tensors = [torch.zeros(4, dtype=torch.int32) for _ in range(3)]
+    keep(calls, "known", *tensors)
+    good = tensors[position]
+    tensors[position] = {
+        "none": None,
+        "number": 4,
+        "array": np.zeros(4, np.int32),
+        "nested": torch.nested.as_nested_tensor(good.reshape(1, 4)),
+        "sparse": good.to_sparse(),
+        "ellipsis": ...,
+    }[kind]
+    assert find(calls, *tensors) is None
+    tensors[position] = good
+    assert find(calls, *tensors) == "known"
+
+
+def test_a_nested_tensor_in_known_memory():
+    """A guard that is shown one ends the process."""
+    calls = _known.KnownCalls(99)
+    a, b = torch.zeros((2, 4), dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    keep(calls, "known", a, b)
+    sizes, strides = torch.tensor([[4], [4]]), torch.tensor([[1], [1]])
+    nested = torch._nested_view_from_buffer(b, sizes, strides, torch.tensor([0, 4]))
+    assert nested.is_nested
+    assert nested.data_ptr() == b.data_ptr()
+    assert find(calls, a, nested) is None
+    assert find(calls, a, b) == "known"

@@ -21,7 +21,7 @@ FURTHER = (("decode", 8192, False, 1024),)
 QUICK_BATCH_SIZES = (32, 256)
 QUICK_WIDTHS = (4096,)
 QUICK_EXTEND_BATCH_SIZES = (16,)
-PROVIDERS = ("sglang", "cuda", "cuda-plan", "bare-graph")
+PROVIDERS = ("sglang", "cuda", "cuda-views", "cuda-plan", "bare-graph")
 EXTEND_PROVIDERS = ("loop", "torch", "cuda", "cuda-plan")
 #: From here on the bytes are several times the L2 cache, and time is that of the memory.
 LARGE_BYTES = 1 << 27
