@@ -509,7 +509,9 @@ def span(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of its last."""
     if not tensor.numel():
         return 0
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    last = 0
+    for size, step in zip(tensor.shape, tensor.stride(), strict=True):
+        last += (size - 1) * step
     return (last + 1) * tensor.element_size()
 
 

@@ -747,6 +747,21 @@ def test_new_tensors_of_known_memory_are_launched_without_a_check(op, fake_devic
     assert fake_device.runtime.replays == replays + 2
 
 
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_no_tensor_is_asked_whether_it_equals_something(op, fake_device, monkeypatch):
+    """It takes torch ten times as long as anything else in a check to say that it is not None."""
+    built = Built(BY_NAME[f"{op}_basic_ps64"])
+
+    def refused(*_: object) -> bool:
+        raise AssertionError("a tensor was compared by value")
+
+    monkeypatch.setattr(torch.Tensor, "__eq__", refused)
+    monkeypatch.setattr(torch.Tensor, "__ne__", refused)
+    for _ in range(4):
+        built.run()
+    assert fake_device.runtime.replays
+
+
 def test_kinds_of_calls_that_alternate_are_all_known(fake_device, monkeypatch):
     """With one table, another, both, none; of the whole memory and of less; an input given twice."""
     built = Built(BY_NAME["decode_basic_ps64"])
