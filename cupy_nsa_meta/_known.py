@@ -90,6 +90,10 @@ class MetOnce:
 Value = TypeVar("Value")
 
 
+#: Of a call's tensors those that are not None, each once.
+_Pick = Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]]
+
+
 class _Known(Generic[Value]):
     """What is kept for one call, and by what calls are told to be like it."""
 
@@ -97,12 +101,12 @@ class _Known(Generic[Value]):
 
     def __init__(
         self,
-        pick: Callable[[tuple[Any, ...]], tuple[torch.Tensor, ...]],
+        pick: _Pick,
         guard: Guard,
         addresses: tuple[int, ...],
         value: Value,
     ) -> None:
-        self.pick = pick  # of a call's tensors those that are not None, each once
+        self.pick = pick
         self.guard = guard
         self.addresses = addresses
         self.value = value
@@ -130,6 +134,7 @@ class KnownCalls(Generic[Value]):
         self._of_objects: dict[tuple[int, ...], _Known[Value]] = {}  # by ids
         self._alive: dict[tuple[int, ...], list[weakref.ref[torch.Tensor]]] = {}
         self._of_memory: dict[Memory, _Known[Value]] = {}
+        self._picks: dict[tuple[int, ...], _Pick] = {}
         self._met: dict[int, int] = {}
 
     def of_objects(self, tensors: tuple[Any, ...]) -> Value | None:
@@ -146,7 +151,7 @@ class KnownCalls(Generic[Value]):
         try:
             places = {_ID_OF_NONE: -1}
             pattern = tuple(map(places.setdefault, ids, range(len(ids))))
-            present = _present(ids, tensors)
+            present = (self._picks.get(pattern) or self._pick(pattern))(tensors)
             memory = pattern, tensors[0].numel(), tuple(map(data_ptr, present))
         except Exception:  # what DLPack shares, and what is no tensor: the check says what
             return None, None
@@ -168,21 +173,29 @@ class KnownCalls(Generic[Value]):
 
     def keep(self, memory: Memory, tensors: tuple[Any, ...], value: Value) -> None:
         """For calls like this one, where there can be a guard."""
-        ids = tuple(map(id, tensors))
-        present = _present(ids, tensors)
+        pattern, _, addresses = memory
+        pick = self._pick(pattern)
+        present = pick(tensors)
         is_alike = guard(present)
-        if is_alike is None or len(present) < 2:
+        if is_alike is None:
             return
         if len(self._of_memory) >= self.max_size:
             self.clear()
-        pattern, _, addresses = memory
-        pick = itemgetter(*sorted({*pattern} - {-1}))
         self._of_memory[memory] = known = _Known(pick, is_alike, addresses, value)
-        self._keep_objects(ids, known, present)
+        self._keep_objects(tuple(map(id, tensors)), known, present)
 
     def clear(self) -> None:
-        for kept in (self._of_objects, self._alive, self._of_memory, self._met):
+        for kept in (self._of_objects, self._alive, self._of_memory, self._picks, self._met):
             kept.clear()
+
+    def _pick(self, pattern: tuple[int, ...]) -> _Pick:
+        places = sorted({*pattern} - {-1})
+        if len(places) == 1:  # would be picked without a tuple around it; twice there is no guard
+            places *= 2
+        if len(self._picks) >= self.max_size:
+            self.clear()
+        pick = self._picks[pattern] = itemgetter(*places)
+        return pick
 
     def _keep_objects(
         self, ids: tuple[int, ...], known: _Known[Value], present: Sequence[torch.Tensor]
@@ -197,13 +210,6 @@ class KnownCalls(Generic[Value]):
 
         alive[ids] = [weakref.ref(tensor, forget) for tensor in present]
         of_objects[ids] = known
-
-
-def _present(ids: tuple[int, ...], tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Those of a call's tensors that are not None, each once."""
-    objects = dict(zip(ids, tensors, strict=True))
-    objects.pop(_ID_OF_NONE, None)
-    return tuple(objects.values())
 
 
 _ID_OF_NONE = id(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -874,6 +875,9 @@ def test_known_calls_are_bounded():
         for kept in (calls._of_memory, calls._of_objects, calls._met):
             assert 1 <= len(kept) <= 3
         assert calls._of_objects.keys() == calls._alive.keys()
+    for pattern in product((a, a[1:], None), repeat=3):
+        find(calls, a, *pattern)
+        assert len(calls._picks) <= 3
 
 
 def test_what_is_kept_by_objects_ends_with_the_first_of_them():
