@@ -3,7 +3,7 @@
 // One program serves decode, target-verify, draft-extend and EXTEND; an output whose pointer is null
 // is not computed. Request i has
 //   kv_i = seq_lens[i] + kv_add            KV length
-//   q_i  = uniform_q, or extend_seq_lens[i]  query tokens (uniform_q < 0: read them)
+//   q_i  = uniform_q, or extend_seq_lens[i] where they are given (uniform_q is -1)  query tokens
 //   begin_i = the sum of q before i        its first output row
 // and for row r = begin_i + j, 0 <= j < q_i:
 //   expanded = max(kv_i - q_i + 1 + j, 0)
@@ -157,10 +157,7 @@ __device__ __forceinline__ i64 query_tokens(const FusedArgs& args, int idx, int*
   if (args.extend_seq_lens == nullptr) return args.uniform_q;
   const i64 extend = fused_extend_lens(args)[idx].value();
   if (extend < 0) meet(status, kNegativeExtend);
-  const i64 q = max(static_cast<i64>(cut(extend, status)), static_cast<i64>(0));
-  if (args.uniform_q < 0) return q;
-  if (extend != args.uniform_q) meet(status, kTotalMismatch);  // equal lengths were promised
-  return args.uniform_q;
+  return max(static_cast<i64>(cut(extend, status)), static_cast<i64>(0));
 }
 
 // Sum of min(max(first + j, 0), topk) over j in [0, count). The values 0, then an arithmetic series,
@@ -434,7 +431,6 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   u32 unusual = seq.high | (static_cast<u32>(seq.low) | static_cast<u32>(kv) | clipped) >> kDirectLengthBits |
                 extend.high | static_cast<u32>(extend.low) >> kDirectQueryBits;
   static_assert(kWarpThreads <= 1ll << (31 - kDirectLengthBits), "sums of a warp are below 2^31");
-  if constexpr (!kUniform) unusual |= args.uniform_q >= 0 && exists && q != args.uniform_q ? 1u : 0u;
   bool is_unusual = unusual != 0;
 
   u32 kv_before = 0, q_before = 0, clipped_before = 0;  // of what this thread writes
@@ -808,11 +804,10 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
                           ? table
                           : static_cast<int>(__umulhi(static_cast<u32>(table), args.blocks_inverse));
   DirectLength seq_words = direct_seq_len(args, request), pool_words = direct_pool_index(args, request);
-  const bool rows_vary = !kUniform && args.uniform_q < 0;
   const bool in_warp = args.bs <= kWarpThreads;  // every warp adds them up, without a barrier
   const int other = static_cast<int>(in_warp ? threadIdx.x % kWarpThreads : threadIdx.x);
   DirectLength extend_words = direct_extend_len(args, other);  // of this request or one before
-  if (rows_vary && other <= request) extend_words.load();
+  if (!kUniform && other <= request) extend_words.load();
   seq_words.load();
   pool_words.load();
 
@@ -841,7 +836,7 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
   int* const out = is_page_1 ? page_table_1 : real_page_table;
   const i64 stride = is_page_1 ? args.page_1_stride : args.real_page_stride;
   DirectRows rows = {reinterpret_cast<char*>(out + (has_vectors ? column : static_cast<int>(item))),
-                     made_here(static_cast<u32>(stride) * kIntBytes), args.uniform_q};
+                     made_here(static_cast<u32>(stride) * kIntBytes), kUniform ? args.uniform_q : 0};
 
   const Length seq = seq_words.value(), pool = pool_words.value();
   const bool in_pool = pool.high == 0 && static_cast<u32>(pool.low) < static_cast<u32>(args.pool_rows);
@@ -861,25 +856,23 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
   const int kv = min(max(min(seq_cut, width) + args.kv_add, 0), width);
   if (static_cast<int>(block_first << columns_log2) >= kv) return;  // behind the live prefix
 
-  int row_begin = request * args.uniform_q;
+  int row_begin = request * rows.count;
   if constexpr (!kUniform) {
-    if (rows_vary) {
-      const u32 query_tokens = direct_query_tokens(extend_words.value());
-      u32 sum = warp_sum_small(other < request ? query_tokens : 0);
-      if (in_warp) {
-        rows.count = __shfl_sync(kFullWarp, static_cast<int>(query_tokens), request);
-      } else {
-        __shared__ u32 warp_sums[kBlockWarps + 1];
-        if (thread == request) warp_sums[kBlockWarps] = query_tokens;
-        if (thread % kWarpThreads == 0) warp_sums[thread / kWarpThreads] = sum;
-        __syncthreads();
-        sum = 0;
+    const u32 query_tokens = direct_query_tokens(extend_words.value());
+    u32 sum = warp_sum_small(other < request ? query_tokens : 0);
+    if (in_warp) {
+      rows.count = __shfl_sync(kFullWarp, static_cast<int>(query_tokens), request);
+    } else {
+      __shared__ u32 warp_sums[kBlockWarps + 1];
+      if (thread == request) warp_sums[kBlockWarps] = query_tokens;
+      if (thread % kWarpThreads == 0) warp_sums[thread / kWarpThreads] = sum;
+      __syncthreads();
+      sum = 0;
 #pragma unroll
-        for (int w = 0; w < kBlockWarps; ++w) sum += warp_sums[w];
-        rows.count = static_cast<int>(warp_sums[kBlockWarps]);
-      }
-      row_begin = static_cast<int>(sum);
+      for (int w = 0; w < kBlockWarps; ++w) sum += warp_sums[w];
+      rows.count = static_cast<int>(warp_sums[kBlockWarps]);
     }
+    row_begin = static_cast<int>(sum);
     rows.count = min(rows.count, args.total_len - row_begin);
     if (rows.count <= 0) return;
   }

@@ -427,7 +427,10 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
                 page_size == 1
                 and page_1 is not None
                 and page_1.data_ptr() == real_page.data_ptr()
-                and page_1.stride(0) == real_page.stride(0)
+                and (
+                    page_1.stride(0) == real_page.stride(0)
+                    or page_1.size(0) == real_page.size(0) == 1
+                )
             ):
                 out = out._replace(real_page_table=None)
             elif page_size == 1 and page_1 is None:
@@ -455,7 +458,8 @@ def fused(call: FusedCall, width_name: str) -> FusedCall:
             _explain_overlap(seq_lens, extend, pool, tokens, out)
             break
     return FusedCall(
-        seq_lens, extend, pool, tokens, out, bs, total_len, width,
+        seq_lens, extend, pool, tokens, out, bs, total_len,
+        width if width <= INT32_MAX else INT32_MAX,  # as are lengths
         topk if topk <= INT32_MAX else INT32_MAX, page_size, uniform_q, call.kv_add, call.pad_to,
         call.one_row_per_request, device, call.total_is_capacity, call.max_extend_len,
     )  # fmt: skip

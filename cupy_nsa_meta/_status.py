@@ -96,12 +96,6 @@ def fused_error(status: int, call: FusedCall) -> ValueError:
                     f"got {pool}; its table rows were not written"
                 )
     if status == Status.TOTAL_MISMATCH:
-        for request, length in enumerate(extend if call.uniform_q >= 0 else ()):
-            if length != call.uniform_q:
-                return ValueError(
-                    f"extend_seq_lens[{request}]: expected {call.uniform_q} (static_extend_len, "
-                    f"total_len {call.total_len} over {call.bs} requests), got {length}"
-                )
         total = sum(max(length, 0) for length in extend)
         if total != call.total_len:
             return ValueError(

@@ -325,7 +325,7 @@ def fill_draft_extend_metadata_cuda(
             extend_seq_lens, seq_lens, nsa_index_topk, out_seqlens_expanded, out_nsa_cache_seqlens,
             use_adaptive, total_tokens,
         )  # fmt: skip
-        if not checked.bs:
+        if not checked.bs and not (total_tokens and _env.debug_sync()):
             return total_tokens or 0
         if form is None:
             return _fill_apart(checked, tensors, total_tokens)

@@ -123,10 +123,10 @@ def _verify_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers:
 
 
 def _draft_extend_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers | None:
-    bs, total_len, _width, _topk, _page_size, max_extend_len, _, static = scalars[:8]
+    bs, total_len, _width, _topk, _page_size, max_extend_len = scalars[:6]
     if total_len > bs * max_extend_len:
         return None
-    return Numbers(bs, total_len, 0, promised_q(static, bs, total_len))
+    return Numbers(bs, total_len, 0, -1)
 
 
 def _extend_numbers(scalars: tuple[Any, ...], most: Numbers) -> Numbers | None:
@@ -304,8 +304,8 @@ def last_status(device: int | torch.device | str | None = None, reset: bool = Tr
 
     0 fine; 1 ``page_table_1_flattened`` is too short; 2 a negative extend length; 3 a length
     outside int32, or a result that was cut to int32; 4 the extend lengths do not add up to
-    ``total_len``, or are not equal though ``static_extend_len`` promised it; 5 a request without a
-    row in ``req_to_token``. Calls under CUPY_NSA_META_DEBUG_SYNC=1 raise and leave no trace here.
+    ``total_len``; 5 a request without a row in ``req_to_token``. Calls under
+    CUPY_NSA_META_DEBUG_SYNC=1 raise and leave no trace here.
 
     Args:
         device: a CUDA device or "cpu"; default: the current CUDA device, without CUDA the CPU.
@@ -663,9 +663,8 @@ def fused_dsa_draft_extend_metadata(
         total_len: T as the host knows it. Another T on the device is status 4.
         max_extend_len, max_total_len: bounds, total_len <= max_total_len and
             total_len <= bs * max_extend_len.
-        static_extend_len: a promise that all extend lengths are total_len / bs; the table blocks
-            then need no sum over the batch. Every request counts as that many query tokens; a
-            length that breaks the promise is status 4.
+        static_extend_len: a promise that all extend lengths are equal, which SGLang's kernel needs.
+            It changes no result, and here no time: the lengths are read either way.
         The others, errors, stream and source: as in ``fused_dsa_decode_metadata``.
     """
     if is_compiling():
@@ -735,7 +734,7 @@ def fused_dsa_draft_extend_metadata(
                 f"total_len: expected <= {max_total_len} (max_total_len), got {total_len}"
             )
     if static_extend_len is not True and static_extend_len is not False:
-        static_extend_len = _check.boolean("static_extend_len", static_extend_len)
+        _check.boolean("static_extend_len", static_extend_len)
     outputs = FusedOutputs(
         cache_seqlens=cache_seqlens,
         cu_seqlens_k=cu_seqlens_k,
@@ -747,22 +746,16 @@ def fused_dsa_draft_extend_metadata(
     )
     call = FusedCall(
         seq_lens, extend_seq_lens, req_pool_indices, req_to_token, outputs, bs, total_len,
-        max_seqlen_k, dsa_index_topk, physical_page_size,
-        promised_q(static_extend_len, bs, total_len), 0, 0, False, -1, False,
+        max_seqlen_k, dsa_index_topk, physical_page_size, -1, 0, 0, False, -1, False,
         min(max_extend_len, INT32_MAX),
     )  # fmt: skip
     _run(call, "max_seqlen_k", met)
 
 
-def promised_q(static_extend_len: bool, bs: int, total_len: int) -> int:
-    """``uniform_q`` of a draft-extend call; -1: the lengths are read."""
-    if static_extend_len and bs and total_len % bs == 0:  # otherwise they cannot be equal
-        return total_len // bs
-    return -1
-
-
-def _extend_sizes(bs: Any, total_len: Any, bound_name: str, bound: Any) -> tuple[int, int]:
-    """Check bs and total_len against the longest extend length."""
+def _extend_sizes(
+    bs: Any, total_len: Any, bound_name: str = "", bound: Any = INT32_MAX
+) -> tuple[int, int]:
+    """Check bs and total_len against the longest extend length, where the call has a bound."""
     if type(bs) is not int or bs < 0:
         bs = _check.integer("bs", bs, 0, INT32_MAX)
     if type(total_len) is not int or total_len < 0:
@@ -770,9 +763,8 @@ def _extend_sizes(bs: Any, total_len: Any, bound_name: str, bound: Any) -> tuple
     if type(bound) is not int or bound < 0:
         bound = _check.integer(bound_name, bound, 0)
     if total_len > bs * bound:
-        raise ValueError(
-            f"total_len: expected <= {bs * bound} (bs {bs} * {bound_name} {bound}), got {total_len}"
-        )
+        product = f" * {bound_name} {bound}" if bound_name else ""
+        raise ValueError(f"total_len: expected <= {bs * bound} (bs {bs}{product}), got {total_len}")
     return bs, total_len
 
 
@@ -837,7 +829,8 @@ def fused_dsa_extend_metadata(
         seqlens_expanded, token_to_batch_idx, ks, ke, topk_indices_offset: [>= total_len].
         dsa_cache_seqlens, dsa_cu_seqlens_k: [>= total_len], [>= total_len + 1], or of pad_to.
         positions: [>= total_len] int64; all others are int32, contiguous.
-        page_table_1_flattened: a token past its end is dropped (status 1).
+        page_table_1_flattened: a token past its end is dropped (status 1). The places of tokens
+            past the width of req_to_token keep their bytes.
         Tables, errors, stream and source: as in ``fused_dsa_decode_metadata``; a page table without
         ``req_pool_indices`` and ``req_to_token`` is a ``ValueError``.
     """
@@ -887,7 +880,7 @@ def fused_dsa_extend_metadata(
         raise ValueError(
             f"extend_seq_lens: expected [{bs}] like seq_lens, got [{extend_seq_lens.numel()}]"
         )
-    bs, total_len = _extend_sizes(bs, total_len, "2^31 - 1", INT32_MAX)
+    bs, total_len = _extend_sizes(bs, total_len)
     if pad_to is None:
         pad_to = 0
     elif type(pad_to) is not int or not total_len <= pad_to < INT32_MAX:

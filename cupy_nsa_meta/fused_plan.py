@@ -42,7 +42,6 @@ class FusedPlan:
         call: FusedCall,
         width_name: str,
         max_extend_len: int | None = None,
-        static: bool = False,
     ) -> None:
         self._name = name
         self._call = call = _check.fused(call, width_name)
@@ -51,7 +50,6 @@ class FusedPlan:
         if self._is_capturing():
             raise RuntimeError(f"{name}: a plan is made before a CUDA graph is captured")
         self._max_extend_len = max_extend_len  # None: the number of rows follows from bs
-        self._static = static
         with _launch.relaxed_capture() if call.device >= 0 else nullcontext():
             self._status = torch.zeros(1, dtype=torch.int32, device=call.seq_lens.device)
             if call.device >= 0:  # the first launch may be on another stream
@@ -238,7 +236,6 @@ class FusedPlan:
                 f"max_extend_len {self._max_extend_len}), got {total_len}"
             )
         rows = bound if total_len is None else int(total_len)
-        uniform_q = fused.promised_q(self._static and total_len is not None, bs, rows)
         if pad_to is None:
             pad_to = 0
         elif not call.pad_to and pad_to != 0:  # 0 pads no row
@@ -247,7 +244,7 @@ class FusedPlan:
             pad_to = _check.integer("pad_to", pad_to, 0 if total_len is None else rows, call.pad_to)
             if total_len is None:
                 rows = min(rows, pad_to)
-        return Numbers(bs, rows, pad_to, uniform_q, total_is_capacity=total_len is None)
+        return Numbers(bs, rows, pad_to, -1, total_is_capacity=total_len is None)
 
 
 def plan_fused_dsa_decode_metadata(
@@ -394,7 +391,6 @@ def plan_fused_dsa_draft_extend_metadata(
         max_bs: in the place of ``bs``.
         max_extend_len: bound of the extend lengths.
         max_total_len: rows that the buffers have to hold.
-        static_extend_len: a promise as there, for launches that give ``total_len``.
         The others as in ``fused_dsa_draft_extend_metadata``; plan and errors as in
         ``plan_fused_dsa_decode_metadata``.
     """
@@ -415,7 +411,7 @@ def plan_fused_dsa_draft_extend_metadata(
     max_bs = _check.integer("max_bs", max_bs, 0, INT32_MAX)
     max_extend_len = _check.integer("max_extend_len", max_extend_len, 0)
     max_total_len = _check.integer("max_total_len", max_total_len, 0, INT32_MAX)
-    static = _check.boolean("static_extend_len", static_extend_len)
+    _check.boolean("static_extend_len", static_extend_len)
     outputs = FusedOutputs(
         cache_seqlens=cache_seqlens,
         cu_seqlens_k=cu_seqlens_k,
@@ -431,7 +427,7 @@ def plan_fused_dsa_draft_extend_metadata(
         False, min(max_extend_len, INT32_MAX),
     )  # fmt: skip
     name = "plan_fused_dsa_draft_extend_metadata"
-    return FusedPlan(name, call, "max_seqlen_k", max_extend_len, static)
+    return FusedPlan(name, call, "max_seqlen_k", max_extend_len)
 
 
 def plan_fused_dsa_extend_metadata(

@@ -83,16 +83,11 @@ def metadata(call: FusedCall) -> torch.Tensor:
 
 def _query_tokens(call: FusedCall, writer: _Writer) -> torch.Tensor:
     """Query tokens of each request, >= 0, int64 [bs]."""
-    uniform = torch.full((call.bs,), call.uniform_q, device=call.seq_lens.device)
     if call.extend_seq_lens is None:
-        return uniform
+        return torch.full((call.bs,), call.uniform_q, device=call.seq_lens.device)
     extend = call.extend_seq_lens[: call.bs].to(torch.int64)
     writer.meet((extend < 0).any(), Status.NEGATIVE_EXTEND)
-    q = writer.limited(extend).clamp(min=0)
-    if call.uniform_q < 0:
-        return q
-    writer.meet((extend != call.uniform_q).any(), Status.TOTAL_MISMATCH)  # a broken promise
-    return uniform
+    return writer.limited(extend).clamp(min=0)
 
 
 def _tables(

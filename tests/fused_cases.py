@@ -68,8 +68,6 @@ class FusedCase:
         """Query tokens of each request as they count, whatever the lengths hold."""
         if self.op in ("decode", "verify"):
             return [self.next_n] * self.bs
-        if self.static and self.bs and self.rows % self.bs == 0:
-            return [self.rows // self.bs] * self.bs
         return [max(q, 0) for q in self.extend]
 
     @property
@@ -308,10 +306,15 @@ CASES: list[FusedCase] = [
     ),
     case("draft_extend", "static", "equal lengths, promised", _KV, (3, 3, 3, 3), static=True, **_WIDE),
     case("draft_extend", "static_not_promised", "the same without the promise", _KV, (3, 3, 3, 3), **_WIDE),
-    case("draft_extend", "static_uneven_total", "a promise that cannot hold is no promise", _KV,
+    case("draft_extend", "static_uneven_total", "a promise that cannot hold", _KV,
          (3, 2, 3, 3), static=True, **_WIDE),
-    case("draft_extend", "static_broken", "status 4: every request counts as total_len / bs", _KV,
-         (3, 2, 4, 3), static=True, status=4, **_WIDE),
+    case("draft_extend", "static_broken", "a promise that could hold and does not", _KV,
+         (3, 2, 4, 3), static=True, **_WIDE),
+    *(
+        case("draft_extend", f"static_total_{total_len}", "equal lengths of another total: status 4", _KV,
+             (3, 3, 3, 3), static=True, total_len=total_len, status=4, **_WIDE)
+        for total_len in (8, 16)
+    ),
     *(
         case(op, "empty", "bs 0: element 0 of the cu arrays and nothing else", [])
         for op in ("decode", "verify", "draft_extend", "extend")
@@ -524,7 +527,7 @@ def random_cases(
         if op in ("draft_extend", "extend") and rng.random() < 0.2 and item.rows:
             cut = int(rng.integers(0, item.rows + 1))
             pad_to = None if item.pad_to is None else max(item.pad_to, cut)
-            item = dataclasses.replace(item, total_len=cut, static=False, pad_to=pad_to)
+            item = dataclasses.replace(item, total_len=cut, pad_to=pad_to)
         items.append(item)
     return items
 

@@ -135,18 +135,15 @@ def test_rows_from_the_device_are_bounded_by_the_capacity():
         plan_of(Built(item)).run()
 
 
-def test_a_static_promise_counts_where_the_rows_are_given():
-    item = BY_NAME["draft_extend_static_broken"]
-    built = Built(item)
-    plan = plan_of(built)
-    plan.launch(total_len=12)
-    built.check(expected(item))
-    assert plan.status() == 4
-    built.poison()
-    plan.run()  # the lengths as they are
-    plain = Built(item)
+@pytest.mark.parametrize("name", ["static", "static_broken", "static_total_8", "static_total_16"])
+def test_a_static_promise_changes_no_result(name):
+    item = BY_NAME[f"draft_extend_{name}"]
+    built, plain = Built(item), Built(item)
     FUNCTIONS["draft_extend"](**plain.arguments | {"static_extend_len": False})
+    plan = plan_of(built)
+    plan.launch(total_len=item.rows)
     built.check(plain.allocations)
+    assert plan.status() == item.status
 
 
 # ---- Errors -------------------------------------------------------------------------------------

@@ -213,6 +213,17 @@ def test_debug_sync_reads_the_status_of_known_calls(fake_device, monkeypatch):
             call()
 
 
+def test_debug_sync_reads_the_status_of_an_empty_batch(fake_device, monkeypatch):
+    empty, out = torch.zeros(0, dtype=torch.int32), torch.full((9,), -1, dtype=torch.int32)
+    arguments = empty, empty, 4, out[:4], out[4:]
+    assert fill(*arguments, total_tokens=3) == 3
+    monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
+    assert fill(*arguments) == fill(*arguments, total_tokens=0) == 0
+    with pytest.raises(ValueError, match="total_tokens: expected"):
+        fill(*arguments, total_tokens=3)
+    assert out.tolist() == [-1] * 9
+
+
 def test_a_captured_launch_that_fails_is_not_used_again(fake_device):
     arguments, outputs = tensors_of(BY_NAME["contract"])
     for _ in range(4):
