@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import mmap
 import sys
 from pathlib import Path
@@ -772,6 +773,13 @@ def test_parts_on_a_gpu(part, monkeypatch):
     assert "failed" not in result, result
     if part == "random-gpu":
         assert all(c["batches"] == 30 and not c["mismatches"] for c in result.values()), result
+    elif part == "soak" and "PYTEST_XDIST_WORKER" in os.environ:
+        # The memory of the device is that of all processes on it: only who is alone can compare it.
+        for name in soak.PARTS:
+            growth = result[name]["memory"]["growth"]
+            assert not result[name]["mismatches"], result
+            assert growth["torch"] <= 0, result
+            assert growth["host"] <= soak.HOST_TOLERANCE, result
     else:
         assert result["ok"], result
     if part == "threads":
