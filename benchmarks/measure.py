@@ -13,12 +13,13 @@ blocks, so that a slow moment of a shared machine meets all of them.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter_ns
@@ -132,6 +133,52 @@ class Device:
         raise Absent("GPU time needs a GPU")
 
 
+class Graph:
+    """Launches as a CUDA graph, made by the driver and replayed on torch's current stream.
+
+    Not torch's ``CUDAGraph``, each of which takes two streams: a process in which work has run on
+    eight streams pays 0.18 us more for each node of every graph, until it ends.
+    """
+
+    _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: torch may allocate
+
+    def __init__(self, record: Callable[[], object], count: int, stream: Any) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._device = stream.device
+        self._executable = ctypes.c_void_p()
+        cuda: Any = torch.cuda
+        self._pool = cuda.MemPool()  # what is allocated in the graph is its own until it ends
+        graph, handle = ctypes.c_void_p(), ctypes.c_void_p(stream.cuda_stream)
+        with cuda.stream(stream), cuda.use_mem_pool(self._pool, stream.device):
+            self._call("cuStreamBeginCapture_v2", handle, self._RELAXED)
+            try:
+                for _ in range(count):
+                    record()
+            except BaseException:
+                self._driver.cuStreamEndCapture(handle, ctypes.byref(graph))
+                self._driver.cuGraphDestroy(graph)
+                raise
+            self._call("cuStreamEndCapture", handle, ctypes.byref(graph))
+        try:
+            executable = ctypes.byref(self._executable)
+            self._call("cuGraphInstantiateWithFlags", executable, graph, ctypes.c_ulonglong(0))
+        finally:
+            self._call("cuGraphDestroy", graph)
+
+    def __call__(self) -> None:
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._call("cuGraphLaunch", self._executable, ctypes.c_void_p(stream))
+
+    def __del__(self) -> None:
+        if self._executable:
+            self._driver.cuGraphExecDestroy(self._executable)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._driver, name)(*arguments)
+        if status:
+            raise RuntimeError(f"{name} failed with CUDA error {status}")
+
+
 class Gpu(Device):
     """A CUDA device."""
 
@@ -151,23 +198,8 @@ class Gpu(Device):
         torch.cuda.synchronize(self.device)
 
     def graph(self, record: Callable[[], object], count: int) -> Callable[[], object]:
-        # Not torch.cuda.graph: it collects garbage and empties torch's cache before every capture.
-        graph = torch.cuda.CUDAGraph()
-        stream, current = self._stream, torch.cuda.current_stream(self.device)
         self.synchronize()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                for _ in range(count):
-                    record()
-            except BaseException:
-                with suppress(Exception):
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        current.wait_stream(stream)
-        return graph.replay
+        return Graph(record, count, self._stream)
 
     def time_us(self, replay: Callable[[], object]) -> float:
         self._hold(self.HOLD_CYCLES)

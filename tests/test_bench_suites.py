@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,36 +345,61 @@ def test_what_is_captured_and_what_is_timed(monkeypatch):
         def __getattr__(self, name):
             return lambda *args, **kwargs: log.append(f"{self.name}.{name}") or 2.0
 
+    class Side:
         def __enter__(self):
             log.append("on the side stream")
 
         def __exit__(self, *exc_info):
             log.append("back")
 
+    class Driver:
+        """Gives handles, and notes what is called."""
+
+        def __getattr__(self, name):
+            def call(*arguments):
+                log.append(name)
+                if name in ("cuStreamEndCapture", "cuGraphInstantiateWithFlags"):
+                    handle = arguments[0] if name != "cuStreamEndCapture" else arguments[1]
+                    handle._obj.value = 7
+                return refused.get(name, 0)
+
+            return call
+
+    refused: dict[str, int] = {}
     events = iter(("begin", "end"))
     for name, value in (
         ("Event", lambda enable_timing: Fake(next(events))),
-        ("Stream", lambda device: Fake("side")),
-        ("CUDAGraph", lambda: Fake("graph")),
+        ("Stream", lambda device: SimpleNamespace(device=device, cuda_stream=5)),
+        ("MemPool", object),
+        ("use_mem_pool", lambda pool, device: nullcontext()),
         ("_sleep", lambda cycles: log.append("hold")),
-        ("current_stream", lambda device: Fake("current")),
-        ("stream", lambda stream: stream),
+        ("current_stream", lambda device: SimpleNamespace(cuda_stream=6)),
+        ("stream", lambda stream: Side()),
         ("synchronize", lambda device: log.append("synchronize")),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Driver())
     gpu = measure.Gpu(torch.device("cuda", 0))
     replay = gpu.graph(lambda: log.append("record"), 2)
-    capture = ["synchronize", "side.wait_stream", "on the side stream", "graph.capture_begin"]
-    after = ["graph.capture_end", "back"]
-    assert log == [*capture, "record", "record", *after, "current.wait_stream"]
+    capture = ["synchronize", "on the side stream", "cuStreamBeginCapture_v2"]
+    after = ["cuStreamEndCapture", "back", "cuGraphInstantiateWithFlags", "cuGraphDestroy"]
+    assert log == [*capture, "record", "record", *after]
     log.clear()
     assert gpu.time_us(replay) == 2000.0
-    timed = ["hold", "begin.record", "graph.replay", "end.record", "end.synchronize"]
+    timed = ["hold", "begin.record", "cuGraphLaunch", "end.record", "end.synchronize"]
     assert log == [*timed, "begin.elapsed_time"]
+    log.clear()
+    del replay
+    gc.collect()
+    assert log == ["cuGraphExecDestroy"]
     log.clear()
     with pytest.raises(ZeroDivisionError):
         gpu.graph(lambda: 1 // 0, 2)
-    assert log == [*capture, *after], "a failed recording ends the capture"
+    failed = ["cuStreamEndCapture", "cuGraphDestroy", "back"]
+    assert log == [*capture, *failed], "a failed recording ends the capture"
+    refused["cuGraphLaunch"] = 719
+    with pytest.raises(RuntimeError, match="cuGraphLaunch failed with CUDA error 719"):
+        gpu.graph(lambda: None, 2)()
 
 
 def test_time_limit():
