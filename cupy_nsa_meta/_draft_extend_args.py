@@ -41,6 +41,7 @@ BLOCKS_PER_SM = 8  # 2,048 threads
 #: they save.
 FEW_REQUESTS = 1024
 FEW_ROWS = 1 << 16
+FEW_BLOCKS_MAX_BS = 4096  # beyond, a block takes long over few rows, too
 
 # Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
@@ -89,7 +90,8 @@ def geometry(bs: int, limit: int, has_quads: bool, use_adaptive: bool, num_sms: 
     elif bs > ONE_LAUNCH_MAX_BS:
         grid = min(grid, num_sms * BLOCKS_PER_SM)  # they read the totals of tiles only
     elif bs > BLOCK_THREADS:
-        grid = min(grid, (num_sms + 1) // 2 if limit <= FEW_ROWS else num_sms)
+        is_few = limit <= FEW_ROWS and bs <= FEW_BLOCKS_MAX_BS
+        grid = min(grid, (num_sms + 1) // 2 if is_few else num_sms)
     elif grid > num_sms:
         grid = min(grid, num_sms * min(FEW_REQUESTS // (bs or 1), BLOCKS_PER_SM))
     if bs <= WARP_MAX_BS:
