@@ -63,7 +63,7 @@ HAS_ROW_OUTPUTS = 8
 ONE_ROW_PER_REQUEST = 16
 TOTAL_IS_CAPACITY = 32
 HAS_VECTORS = 64
-MAX_SHAPES = 1024  # kept by a template
+MAX_SHAPES = 128  # kept by a template
 
 
 class Geometry(NamedTuple):

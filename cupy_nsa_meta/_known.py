@@ -125,8 +125,9 @@ class KnownCalls(Generic[Value]):
     very object. Sizes and so on are for the guard to compare.
 
     Anything is kept when it is met the second time, then the eighth and so on: what comes once does
-    not come back, and calls with equal addresses that differ otherwise would replace each other. A
-    full collection starts anew: a server makes few kinds of calls.
+    not come back, and calls with equal addresses that differ otherwise would replace each other (of
+    two such calls one is checked every time). A full collection starts anew: a server makes few
+    kinds of calls.
     """
 
     def __init__(self, max_size: int) -> None:
@@ -163,7 +164,7 @@ class KnownCalls(Generic[Value]):
         return known.value, memory
 
     def is_due(self, key: Hashable) -> bool:
-        """Count a meeting with a memory for which nothing was found; whether to keep something."""
+        """Count a meeting with a memory, or with objects, for which nothing is kept; whether to."""
         number = hash(key)
         times = self._met.pop(number, 0) + 1
         if len(self._met) >= self.max_size:
@@ -183,6 +184,9 @@ class KnownCalls(Generic[Value]):
             self.clear()
         self._of_memory[memory] = known = _Known(pick, is_alike, addresses, value)
         self._keep_objects(tuple(map(id, tensors)), known, present)
+
+    def __len__(self) -> int:
+        return len(self._of_memory)
 
     def clear(self) -> None:
         for kept in (self._of_objects, self._alive, self._of_memory, self._picks, self._met):
@@ -208,8 +212,10 @@ class KnownCalls(Generic[Value]):
             of_objects.pop(ids, None)
             alive.pop(ids, None)
 
-        alive[ids] = [weakref.ref(tensor, forget) for tensor in present]
+        # In this order: ``clear`` in between, by another thread, may leave weak references behind,
+        # and no entry without them.
         of_objects[ids] = known
+        alive[ids] = [weakref.ref(tensor, forget) for tensor in present]
 
 
 _ID_OF_NONE = id(None)

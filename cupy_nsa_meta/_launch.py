@@ -332,6 +332,12 @@ def _libcuda() -> ctypes.CDLL:
     return _libcuda_handle
 
 
+def lasting() -> Any:
+    """For tensors that outlive a call: made in ``torch.inference_mode`` they could not be written
+    outside of it."""
+    return torch.inference_mode(mode=False)
+
+
 _status_words: dict[int, torch.Tensor] = {}
 _status_lock = threading.Lock()
 
@@ -351,7 +357,7 @@ def status_word(device: int) -> torch.Tensor:
             word = _status_words.get(device)
             if word is None:
                 place = torch.device("cuda", device) if device >= 0 else torch.device("cpu")
-                with relaxed_capture() if device >= 0 else nullcontext():
+                with relaxed_capture() if device >= 0 else nullcontext(), lasting():
                     word = torch.zeros(1, dtype=torch.int32, device=place)
                     if device >= 0:  # the first user may be on another stream
                         torch.cuda.current_stream(device).synchronize()

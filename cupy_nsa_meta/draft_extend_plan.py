@@ -45,7 +45,8 @@ class DraftExtendPlan:
         )
         device = self._tensors[0].device
         #: Total and status of the last launch, on the device.
-        self._outcome = torch.zeros(2, dtype=torch.int32, device=device)
+        with _launch.lasting():
+            self._outcome = torch.zeros(2, dtype=torch.int32, device=device)
         #: A thread is inside while it holds the one token: quicker to take than a lock.
         self._tokens: list[None] = [None]
         self._device = self._key.device

@@ -64,9 +64,12 @@ class _Checked(NamedTuple):
 class _KnownCall:
     """What is kept for calls on known tensors, of which none is kept alive."""
 
-    __slots__ = ("checked", "packed", "state")
+    __slots__ = ("calls", "checked", "packed", "state")
 
-    def __init__(self, state: _launch.DeviceState, checked: _Checked) -> None:
+    def __init__(
+        self, calls: _known.KnownCalls[_KnownCall], state: _launch.DeviceState, checked: _Checked
+    ) -> None:
+        self.calls = calls  # those of the operation, which share the room for packed launches
         self.state = state
         #: By the scalars of a call; None: met once, not yet packed for good.
         self.packed: dict[tuple[Any, ...], PackedLaunch | None] = {}
@@ -75,7 +78,7 @@ class _KnownCall:
         self.checked = checked
 
     def keep(self, scalars: tuple[Any, ...], packed: PackedLaunch | None) -> None:
-        if len(self.packed) >= MAX_PACKED:
+        if len(self.packed) >= max(MIN_PACKED, MAX_PACKED // max(len(self.calls), 1)):
             self.packed.clear()
         self.packed[scalars] = packed
 
@@ -99,7 +102,9 @@ class _KnownCall:
 
 
 MAX_KNOWN = 256  # calls of one operation
-MAX_PACKED = 1024  # of one known call
+#: Of one known call, alone and beside many: a packed launch takes 2 KB, and a call that was known
+#: by its memory may never come back.
+MAX_PACKED, MIN_PACKED = 1024, 16
 _CUDA_BACKENDS = ("auto", "cuda")
 
 
@@ -216,6 +221,10 @@ def _keep(
 ) -> None:
     """Keep what is known of a call that was checked, when its memory is met again."""
     op, tensors, memory, scalars, known = met
+    try:
+        hash(scalars)
+    except TypeError:  # an int of a class of its own
+        return
     is_plain = _PLAIN_TYPES.issuperset(map(type, scalars))
     checked = _Checked(template, numbers, scalars[op.num_varying :] if is_plain else ())
     if known is not None:
@@ -223,7 +232,7 @@ def _keep(
         known.keep(scalars, packed)
         return
     if memory is not None and op.known.is_due(memory):
-        known = _KnownCall(state, checked)
+        known = _KnownCall(op.known, state, checked)
         known.keep(scalars, packed)
         op.known.keep(memory, tensors, known)
 

@@ -50,7 +50,7 @@ class FusedPlan:
         if self._is_capturing():
             raise RuntimeError(f"{name}: a plan is made before a CUDA graph is captured")
         self._max_extend_len = max_extend_len  # None: the number of rows follows from bs
-        with _launch.relaxed_capture() if call.device >= 0 else nullcontext():
+        with _launch.relaxed_capture() if call.device >= 0 else nullcontext(), _launch.lasting():
             self._status = torch.zeros(1, dtype=torch.int32, device=call.seq_lens.device)
             if call.device >= 0:  # the first launch may be on another stream
                 torch.cuda.current_stream(call.device).synchronize()
@@ -125,7 +125,8 @@ class FusedPlan:
         with _launch.relaxed_capture() if self._call.device >= 0 else nullcontext():
             word, self._run_status = self._run_status, None
             if word is None:
-                word = torch.zeros_like(self._status)
+                with _launch.lasting():
+                    word = torch.zeros_like(self._status)
             self._enqueue(bs, total_len, pad_to, word)
             met = int(word.item())
             if met:

@@ -358,6 +358,7 @@ def test_what_is_captured_and_what_is_timed(monkeypatch):
         def __getattr__(self, name):
             def call(*arguments):
                 log.append(name)
+                given.append((name, [getattr(a, "value", a) for a in arguments]))
                 if name in ("cuStreamEndCapture", "cuGraphInstantiateWithFlags"):
                     handle = arguments[0] if name != "cuStreamEndCapture" else arguments[1]
                     handle._obj.value = 7
@@ -366,12 +367,14 @@ def test_what_is_captured_and_what_is_timed(monkeypatch):
             return call
 
     refused: dict[str, int] = {}
+    given: list = []
+    pools: list = []
     events = iter(("begin", "end"))
     for name, value in (
         ("Event", lambda enable_timing: Fake(next(events))),
         ("Stream", lambda device: SimpleNamespace(device=device, cuda_stream=5)),
         ("MemPool", object),
-        ("use_mem_pool", lambda pool, device: nullcontext()),
+        ("use_mem_pool", lambda pool, device: pools.append(pool) or nullcontext()),
         ("_sleep", lambda cycles: log.append("hold")),
         ("current_stream", lambda device: SimpleNamespace(cuda_stream=6)),
         ("stream", lambda stream: Side()),
@@ -389,6 +392,10 @@ def test_what_is_captured_and_what_is_timed(monkeypatch):
     timed = ["hold", "begin.record", "cuGraphLaunch", "end.record", "end.synchronize"]
     assert log == [*timed, "begin.elapsed_time"]
     log.clear()
+    relaxed, capture_stream, current_stream = 2, 5, 6
+    assert ("cuStreamBeginCapture_v2", [capture_stream, relaxed]) in given
+    assert ("cuGraphLaunch", [7, current_stream]) in given
+    assert pools, "what is allocated in a graph is its own"
     del replay
     gc.collect()
     assert log == ["cuGraphExecDestroy"]

@@ -21,7 +21,7 @@ from cases import POISON
 from cpu_kernels import fused_call, fused_packed
 from cupy_nsa_meta import _check, _fused_args, _launch, _module, fused
 from cupy_nsa_meta._status import INT32_MAX
-from fake_device import FUSED_OPS, forget_fused_calls
+from fake_device import FUSED_OPS, FakeDriverError, forget_fused_calls
 from fused_cases import (
     BY_NAME,
     CASES,
@@ -896,8 +896,114 @@ def test_tables_of_one_memory_with_other_strides(rows):
             FUNCTIONS["decode"](**built.arguments | tables)
 
 
+def test_packed_launches_of_all_known_calls_are_bounded(fake_device, monkeypatch):
+    """Those known by memory stay when their tensors have gone, and most of them never come back."""
+    monkeypatch.setattr(fused, "MAX_PACKED", 60)
+    monkeypatch.setattr(fused, "MIN_PACKED", 2)
+    seq, extend = torch.tensor([10, 4]), torch.tensor([3, 2])
+    memory = torch.zeros(400, dtype=torch.int32)
+    for place in range(30):
+        for total_len in [50, *range(50)] * 2:
+            FUNCTIONS["extend"](
+                seq, extend, total_len=total_len, dsa_index_topk=9, ks=memory[place : place + 50]
+            )
+    known = fused._EXTEND.known._of_memory.values()
+    assert len(known) == 30
+    kept = [len(one.value.packed) for one in known]
+    assert sum(kept) <= 60 + sum(max(60 // n, 2) for n in range(1, 31))
+
+
+def test_a_known_object_whose_memory_has_moved(fake_device):
+    """Of the same sizes and strides, which the guard looks at: its address is another."""
+    built = Built(BY_NAME["decode_basic_ps64"])
+    for _ in range(4):
+        built.run()
+    out = built.arguments["dsa_cache_seqlens"]
+    for move in ("data", "set_"):
+        before = out.data_ptr()
+        other = torch.zeros_like(out)
+        if move == "data":
+            out.data = other
+        else:
+            out.set_(other)
+        assert out.data_ptr() == other.data_ptr() != before
+        built.run()
+        arguments, _ = fake_device.launched[-1]
+        at = _fused_args.LAYOUT.at("dsa_cache_seqlens")
+        assert int.from_bytes(arguments[at : at + 8], "little") == out.data_ptr()
+
+
+def test_debug_sync_is_asked_for_known_calls(fake_device, monkeypatch):
+    built = Built(BY_NAME["decode_basic_ps64"])
+    for _ in range(4):
+        built.run()
+    at = _fused_args.STATUS_AT
+    sticky = fake_device.launched[-1][0][at : at + 8]
+    monkeypatch.setenv("CUPY_NSA_META_DEBUG_SYNC", "1")
+    built.run()
+    assert fake_device.launched[-1][0][at : at + 8] != sticky, "it is read at once"
+
+
+def test_numbers_of_a_launch_that_is_refused_are_not_kept(fake_device, monkeypatch):
+    built = Built(BY_NAME["decode_basic_ps64"])
+    for _ in range(3):
+        built.run()
+    (known,) = fused._DECODE.known._of_memory.values()
+
+    def refused(*_: object) -> None:
+        raise FakeDriverError(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_device, "launch", refused)
+        with pytest.raises(FakeDriverError):
+            FUNCTIONS["decode"](**built.arguments | {"bs": 2})
+    assert all(scalars[0] != 2 for scalars in known.value.packed)
+
+
+def test_an_int_that_cannot_be_hashed(fake_device):
+    class Odd(int):
+        __hash__ = None  # type: ignore[assignment]
+
+    built = Built(BY_NAME["decode_basic_ps64"])
+    for _ in range(6):
+        FUNCTIONS["decode"](**built.arguments | {"bs": Odd(4)})
+    assert len(set(fake_device.launched)) == 1
+    assert len(fake_device.launched) == 6
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_inference_mode_comes_and_goes(inside):
+    """What is made in one mode is used in the other: the sticky status, plans."""
+    cupy_nsa_meta.last_status("cpu")
+    seq, extend = torch.tensor([10, 4]), torch.tensor([3, -2])
+    ks = torch.zeros(5, dtype=torch.int32)
+    numbers = {"dsa_index_topk": 9, "ks": ks}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_launch, "_status_words", {})
+        with torch.inference_mode(inside):
+            FUNCTIONS["extend"](seq, extend, total_len=3, **numbers)
+            plan = cupy_nsa_meta.plan_fused_dsa_extend_metadata(
+                seq, extend, max_total_len=3, **numbers
+            )
+            plan.launch()
+            with pytest.raises(ValueError, match=r"extend_seq_lens\[1\]: expected >= 0, got -2"):
+                plan.run()
+            expanded, clamped = torch.zeros((2, 9), dtype=torch.int32)
+            lengths = torch.tensor([3, 2])
+            seed = cupy_nsa_meta.plan_draft_extend_metadata(lengths, seq, 9, expanded, clamped)
+            seed.launch()
+        with torch.inference_mode(not inside):
+            FUNCTIONS["extend"](seq, extend, total_len=3, **numbers)
+            plan.launch()
+            assert plan.status() == cupy_nsa_meta.last_status("cpu") == 2
+            with pytest.raises(ValueError, match=r"extend_seq_lens\[1\]: expected >= 0, got -2"):
+                plan.run()
+            assert seed.status() == 0
+
+
 def test_few_calls_are_remembered(fake_device, monkeypatch):
     monkeypatch.setattr(fused, "MAX_PACKED", 3)
+    monkeypatch.setattr(fused, "MIN_PACKED", 1)
     built = Built(BY_NAME["decode_basic_ps64"])
     for width in (*range(20), *range(20)):
         FUNCTIONS["decode"](**built.arguments | {"max_len": width})

@@ -886,6 +886,10 @@ def test_known_calls_are_bounded():
         for kept in (calls._of_memory, calls._of_objects, calls._met):
             assert 1 <= len(kept) <= 3
         assert calls._of_objects.keys() == calls._alive.keys()
+    alive = [(a[:], a[:]) for _ in range(9)]
+    for number, tensors in enumerate(alive):
+        keep(calls, str(number), *tensors)
+        assert 1 <= len(calls._of_objects) <= 3
     for pattern in product((a, a[1:], None), repeat=3):
         find(calls, a, *pattern)
         assert len(calls._picks) <= 3
