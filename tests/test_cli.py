@@ -276,7 +276,7 @@ def test_nvrtc_is_missing(on_gpu):
     on_gpu.setattr(_module, "versions", versions)
     finding = only(doctor.check_nvrtc())
     assert finding.state == "fail"
-    assert "cuda-toolkit[nvrtc,cudart]" in finding.remedy
+    assert "needs nvidia-cuda-nvrtc (for CUDA 12 nvidia-cuda-nvrtc-cu12)" in finding.remedy
 
 
 def test_nvrtc_and_the_architecture(on_gpu):

@@ -215,7 +215,7 @@ def check_nvrtc() -> Iterable[Finding]:
         yield Finding(
             "nvrtc", "fail" if needed else "note", "NVRTC cannot be loaded through CuPy",
             "it comes with cupy-nsa-meta[cuda12] or [cuda13]; a CuPy installed by hand needs "
-            "cuda-toolkit[nvrtc,cudart]",
+            "nvidia-cuda-nvrtc (for CUDA 12 nvidia-cuda-nvrtc-cu12)",
         )  # fmt: skip
         return
     from cupy.cuda import nvrtc
@@ -248,7 +248,8 @@ def check_headers() -> Iterable[Finding]:
     else:
         yield Finding(
             "cuda headers", "note", "not found; the kernels of this package include none",
-            "cuda-toolkit[cudart] brings them for CuPy's own kernels",
+            "nvidia-cuda-runtime (for CUDA 12 nvidia-cuda-runtime-cu12) brings them for CuPy's own "
+            "kernels",
         )  # fmt: skip
 
 
