@@ -386,12 +386,12 @@ def load_bare_launch(device: torch.device) -> Binder:
         captured, stream, launches = _captured(case)
         state, params = captured.state, captured.slot.params
         ((name, grid),) = launches
-        block = _launch.BLOCK_THREADS
+        function, block = state.kernel(name)
         return _bare(
             captured,
             partial(
                 state.cupy.cuda.driver.launchKernel,
-                *(state.kernel(name), grid, 1, 1, block, 1, 1, 0, stream, params, 0),
+                *(function, grid, 1, 1, block, 1, 1, 0, stream, params, 0),
             ),
         )
 

@@ -124,15 +124,30 @@ struct Lengths {
 
 // The words of four consecutive lengths, as they are in memory: loaded first, looked at later.
 struct LengthQuad {
-  int4 first;
-  int4 second;  // of int64 lengths
+  int4 first = {};
+  int4 second = {};  // of int64 lengths
 
   // `idx` is a multiple of 4, and the lengths have quads.
   __device__ __forceinline__ void load(const Lengths& lengths, int idx) {
     const int4* const at =
         reinterpret_cast<const int4*>(lengths.words + (lengths.is_int64 ? 2 * static_cast<i64>(idx) : idx));
     first = __ldg(at);
-    second = __ldg(at + (lengths.is_int64 ? 1 : 0));
+    if (lengths.is_int64) second = __ldg(at + 1);
+  }
+
+  __device__ __forceinline__ int4 lows(bool is_int64) const {
+    return is_int64 ? make_int4(first.x, first.z, second.x, second.z) : first;
+  }
+
+  // The high words of int64 lengths ORed together.
+  __device__ __forceinline__ u32 highs(bool is_int64) const {
+    return is_int64 ? first.y | first.w | second.y | second.w : 0;
+  }
+
+  // Not 0: an int64 length is outside int32. 0 where none was loaded.
+  __device__ __forceinline__ u32 outside_int32() const {
+    return (first.y ^ first.x >> 31) | (first.w ^ first.z >> 31) | (second.y ^ second.x >> 31) |
+           (second.w ^ second.z >> 31);
   }
 
   __device__ __forceinline__ void decode(bool is_int64, Length (&out)[4]) const {
@@ -249,30 +264,21 @@ __device__ __forceinline__ u32 warp_total(Length extend, Length seq) {
   return sum;
 }
 
+template <int kWarps = kBlockWarps>
 struct alignas(16) WarpWords {
-  u32 words[kBlockWarps];
+  u32 words[kWarps];
 };
 
 // The sums of the warps of a block, in the registers of every thread.
 struct BlockSums {
   u32 warp_ends[kBlockWarps];  // inclusive sums over warps; indexed by constants only
   u32 total;                   // over the block, or a mark
-
-  // Sum over the warps before this thread's.
-  __device__ __forceinline__ u32 before_warp() const {
-    u32 before = 0;
-#pragma unroll
-    for (int w = 1; w < kBlockWarps; ++w) {
-      if (w <= static_cast<int>(threadIdx.x) / kWarpThreads) before = warp_ends[w - 1];
-    }
-    return before;
-  }
 };
 
 // `warp_total` is a total or a mark, the same in every lane. `shared` is free on entry. One barrier
 // inside, which also orders what the threads have written to shared memory before; the caller puts
 // one before the next use of `shared`.
-__device__ __forceinline__ BlockSums block_sums(u32 warp_total, WarpWords& shared) {
+__device__ __forceinline__ BlockSums block_sums(u32 warp_total, WarpWords<>& shared) {
   if (threadIdx.x % kWarpThreads == 0) shared.words[threadIdx.x / kWarpThreads] = warp_total;
   __syncthreads();
   BlockSums sums;
@@ -291,6 +297,29 @@ __device__ __forceinline__ BlockSums block_sums(u32 warp_total, WarpWords& share
     sums.total = negative ? kMarkedNegative : kMarkedOutside;
   }
   return sums;
+}
+
+// The sum of the warps of a block before this thread's, and of all of them.
+struct BeforeWarp {
+  u32 sum;
+  u32 total;  // or a mark
+};
+
+// As block_sums, for blocks of up to 32 warps: the sums are held by the lanes of every warp.
+template <int kWarps>
+__device__ __forceinline__ BeforeWarp sum_before_warp(u32 warp_total, WarpWords<kWarps>& shared) {
+  static_assert(kWarps <= kWarpThreads, "a lane holds a warp's total");
+  const int lane = threadIdx.x % kWarpThreads;
+  const int warp = threadIdx.x / kWarpThreads;
+  if (lane == 0) shared.words[warp] = warp_total;
+  __syncthreads();
+  const u32 word = lane < kWarps ? shared.words[lane] : 0;
+  Marks marks;
+  marks.check_sums(word);
+  if (word == kMarkedNegative) marks.signs = -1;
+  const u32 end = warp_inclusive_scan(word, marks);
+  const u32 total = __shfl_sync(kFullWarp, end, kWarpThreads - 1);
+  return {__shfl_sync(kFullWarp, end - word, warp), warp_word(total, marks)};
 }
 
 // ---- Search -------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@
 //   draft_extend_warp    <= 32       in the registers of every warp: no barrier; ends counted by bits
 //   draft_extend_block   <= 256      one per thread, ends and bases in shared memory
 //   draft_extend_block4  <= 1,024    four per thread
-//   draft_extend_large   <= 16,384   ends of groups of four requests in shared memory
+//   draft_extend_large   <= 16,384   ends of groups of four requests in shared memory; blocks twice as
+//                                    large, as every block loads the whole batch
 //   draft_extend_tiles, then draft_extend_tiled: above; the first launch sums tiles of requests
 //
 // A batch of a few rows is a matter of latency: one row per thread, and no instruction that is not
@@ -38,9 +39,12 @@ constexpr int kWarpMaxBs = 32;
 constexpr int kMaxItems = 4;       // requests per thread of draft_extend_block4
 constexpr int kMaxEntries = 4096;  // sums held in shared memory by draft_extend_large and _tiled
 constexpr int kGroup = 4;          // requests per entry of draft_extend_large
+constexpr int kLargeBatch = 4;     // groups per thread and step, loaded together
 constexpr int kOneLaunchMaxBs = 16384;
-constexpr int kQuad = 4;  // rows per thread and step in quad mode: one 16-byte store per output
-constexpr int kQuadTileRows = kQuad * kBlockThreads;
+constexpr int kLargeThreads = 512;  // of a block of draft_extend_large; of all others kBlockThreads
+constexpr int kQuad = 4;            // rows per thread and step in quad mode: one 16-byte store per output
+template <int kThreads>
+constexpr int kQuadTileRows = kQuad * kThreads;
 // Quad mode pays where most quads lie inside one request; else one row per thread is quicker.
 constexpr u32 kQuadModeRowsPerRequest = 4 * kQuad;
 
@@ -125,12 +129,17 @@ struct Limits {
 };
 
 // The last warp of block 0 reports: the first one has rows to write meanwhile.
-__device__ __forceinline__ bool is_reporter() { return blockIdx.x == 0 && threadIdx.x == kBlockThreads - 1; }
+template <int kThreads = kBlockThreads>
+__device__ __forceinline__ bool is_reporter() {
+  return blockIdx.x == 0 && threadIdx.x == kThreads - 1;
+}
 
 // The epoch of the previous launch, loaded before the lengths are waited for. A captured graph cannot be
 // given another one at each launch, so it counts its launches itself; they run one after another.
+template <int kThreads = kBlockThreads>
 __device__ __forceinline__ u32 previous_epoch(const DraftExtendArgs& args) {
-  const bool counts = static_cast<int>(args.launch_count != nullptr) & static_cast<int>(is_reporter());
+  const bool counts =
+      static_cast<int>(args.launch_count != nullptr) & static_cast<int>(is_reporter<kThreads>());
   return counts ? *args.launch_count : 0;
 }
 
@@ -160,9 +169,10 @@ __device__ __forceinline__ void report(u32 total, const Limits& limits, u32 prev
 }
 
 // Reports once per grid. Returns the number of rows to write.
+template <int kThreads>
 __device__ __forceinline__ u32 settle(u32 total, u32 previous, const DraftExtendArgs& args) {
   const Limits limits(args);
-  if (unlikely(is_reporter())) report(total, limits, previous, args);
+  if (unlikely(is_reporter<kThreads>())) report(total, limits, previous, args);
   return limits.rows(total);
 }
 
@@ -207,8 +217,9 @@ __device__ __forceinline__ RowRange row_range(u32 rows, u64 rows_per_block) {
 }
 
 // In quad mode: tiles_per_block tiles side by side.
+template <int kThreads = kBlockThreads>
 __device__ __forceinline__ RowRange quad_rows(const DraftExtendArgs& args, u32 rows) {
-  return row_range(rows, static_cast<u64>(args.tiles_per_block) * kQuadTileRows);
+  return row_range(rows, static_cast<u64>(args.tiles_per_block) * kQuadTileRows<kThreads>);
 }
 
 struct Found {
@@ -219,28 +230,28 @@ struct Found {
 
 // Writes the rows of this block. find(row, first_entry) -> Found, for any row; right for rows below
 // T, where no entry before first_entry ends behind the row.
-template <bool kWithQuads, class Find>
+template <bool kWithQuads, int kThreads, class Find>
 __device__ __forceinline__ void write_rows(const DraftExtendArgs& args, u32 total, u32 previous,
                                            const Find& find) {
   if constexpr (!kWithQuads) {
     // The report goes first: a host waits for it.
-    const u32 rows = settle(total, previous, args);
-    u32 row = blockIdx.x * kBlockThreads + threadIdx.x;
+    const u32 rows = settle<kThreads>(total, previous, args);
+    u32 row = blockIdx.x * kThreads + threadIdx.x;
     const int base = find(row, 0).base;
     if (row >= rows) return;
     store_row(args, row, base);
-    const u32 step = gridDim.x * kBlockThreads;
+    const u32 step = gridDim.x * kThreads;
 #pragma unroll 1
     for (row += step; unlikely(row < rows); row += step) store_row(args, row, find(row, 0).base);
   } else {
-    const u32 rows = settle(total, previous, args);
+    const u32 rows = settle<kThreads>(total, previous, args);
     // One loop for both modes, so that the search is compiled once. A block has rows side by side, so
     // that its searches stay in a small part of a large batch.
     const bool quads = use_quads(args, rows);
     const RowRange range =
-        quads ? quad_rows(args, rows) : row_range(rows, (rows + gridDim.x - 1) / gridDim.x);
+        quads ? quad_rows<kThreads>(args, rows) : row_range(rows, (rows + gridDim.x - 1) / gridDim.x);
     const u32 at_once = quads ? kQuad : 1;
-    const u32 step = at_once * kBlockThreads;
+    const u32 step = at_once * kThreads;
     Found found = {0, 0, 0};
 #pragma unroll 1
     for (u32 first = range.begin + threadIdx.x * at_once; first < range.end; first += step) {
@@ -346,7 +357,7 @@ __device__ __forceinline__ void draft_extend_warp_body(const DraftExtendArgs& ar
     int found_base = 0;
 #pragma unroll 1
     for (u32 first = range.begin + threadIdx.x * kQuad; first - lane * kQuad < range.end;
-         first += kQuadTileRows) {
+         first += kQuadTileRows<kBlockThreads>) {
       if (__any_sync(kFullWarp, first >= found_end)) {
         const int found = find_lane(end, first, linear);
         found_end = __shfl_sync(kFullWarp, end, found);
@@ -372,7 +383,7 @@ template <int kItems>
 struct BlockPrefix {
   u32 ends[kBlockThreads * kItems];   // counted from the first row of the request's warp
   int bases[kBlockThreads * kItems];  // for rows counted so
-  WarpWords words;
+  WarpWords<> words;
 };
 
 template <int kItems, bool kWithQuads>
@@ -416,7 +427,7 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
   }
   const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
   const BlockSums sums = block_sums(warp_word(warp_total, marks), shared.words);
-  write_rows<kWithQuads>(args, sums.total, previous, [&](u32 row, int) -> Found {
+  write_rows<kWithQuads, kBlockThreads>(args, sums.total, previous, [&](u32 row, int) -> Found {
     // The ends of the warps are in registers: they leave the requests of one warp to search.
     int entry = 0;
     u32 begin = 0;
@@ -439,71 +450,93 @@ __device__ __forceinline__ void draft_extend_block_body(const DraftExtendArgs& a
 
 // ---- draft_extend_large, draft_extend_tiled -----------------------------------------------------
 
+template <int kThreads>
 struct LargePrefix {
   u32 ends[kMaxEntries];  // entry e covers rows [e ? ends[e - 1] : 0, ends[e])
-  WarpWords words;
+  WarpWords<kThreads / kWarpThreads> words;
 };
-static_assert(sizeof(LargePrefix) <= 48 * 1024, "static shared memory limit");
+static_assert(sizeof(LargePrefix<kLargeThreads>) <= 48 * 1024, "static shared memory limit");
 
-__device__ __forceinline__ u32 group_sum(const Length (&extends)[kGroup], const Length (&seqs)[kGroup],
-                                         Marks& marks) {
-  u32 sum = 0, all_sums = 0;
-#pragma unroll
-  for (int k = 0; k < kGroup; ++k) {
-    marks.check(extends[k], seqs[k]);
-    sum += static_cast<u32>(extends[k].low);
-    all_sums |= sum;
+// What the lengths of many groups have in their words, ORed together: few instructions for each.
+struct GroupWords {
+  u32 lows = 0;   // of extend lengths
+  u32 sums = 0;   // inside a group
+  u32 highs = 0;  // of extend lengths that are int64, not 0: one is outside int32
+  u32 seqs = 0;   // not 0: a KV length is outside int32
+
+  // Four extend lengths. Returns their sum.
+  __device__ __forceinline__ u32 add(const int4& words, u32 high_words) {
+    const u32 front = static_cast<u32>(words.x) + static_cast<u32>(words.y);
+    const u32 back = static_cast<u32>(words.z) + static_cast<u32>(words.w);
+    lows |= words.x | words.y | words.z | words.w;
+    sums |= front | back | (front + back);
+    highs |= high_words;
+    return front + back;
   }
-  marks.check_sums(all_sums);
-  return sum;
-}
 
-// kBatch whole groups per thread and step, all of their loads in flight together.
-template <int kBatch>
+  __device__ __forceinline__ Marks marks(bool extend_is_int64) const {
+    const u32 signs = extend_is_int64 ? highs : lows;
+    Marks marks;
+    marks.bad = highs | seqs | (lows | sums) >> 31;
+    marks.signs = static_cast<int>(signs);
+    return marks;
+  }
+};
+
+// kBatch whole groups per thread and step, all of their loads in flight together. Only int64 KV lengths
+// can be outside int32: others are not loaded.
+template <int kThreads, int kBatch>
 __device__ __forceinline__ void load_group_batches(const Lengths& extend, const Lengths& seq, int num_whole,
-                                                   int& group, u32* sums, Marks& marks) {
-  Length extends[kGroup], seqs[kGroup];
+                                                   int& group, u32* sums, GroupWords& words) {
 #pragma unroll 1
-  for (; group + (kBatch - 1) * kBlockThreads < num_whole; group += kBatch * kBlockThreads) {
+  for (; group + (kBatch - 1) * kThreads < num_whole; group += kBatch * kThreads) {
     LengthQuad extend_quads[kBatch], seq_quads[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      seq_quads[k].load(seq, (group + k * kBlockThreads) * kGroup);
-      extend_quads[k].load(extend, (group + k * kBlockThreads) * kGroup);
+      if (seq.is_int64) seq_quads[k].load(seq, (group + k * kThreads) * kGroup);
+      extend_quads[k].load(extend, (group + k * kThreads) * kGroup);
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      extend_quads[k].decode(extend.is_int64, extends);
-      seq_quads[k].decode(seq.is_int64, seqs);
-      sums[group + k * kBlockThreads] = group_sum(extends, seqs, marks);
+      const LengthQuad& quad = extend_quads[k];
+      sums[group + k * kThreads] = words.add(quad.lows(extend.is_int64), quad.highs(extend.is_int64));
+      words.seqs |= seq_quads[k].outside_int32();
     }
   }
 }
 
 // Loads every request, four per thread and step, and puts the sums of the groups in shared.ends.
-__device__ __forceinline__ Marks load_groups(const DraftExtendArgs& args, LargePrefix& shared) {
+template <int kThreads>
+__device__ __forceinline__ Marks load_groups(const DraftExtendArgs& args, LargePrefix<kThreads>& shared) {
   const Lengths extend = extend_lengths(args);
   const Lengths seq = seq_lengths(args);
-  Marks marks;
+  GroupWords words;
   int group = threadIdx.x;
-  if (extend.has_quads() && seq.has_quads()) {
+  if (extend.has_quads() && (seq.has_quads() || !seq.is_int64)) {
     const int num_whole = args.bs / kGroup;
-    load_group_batches<8>(extend, seq, num_whole, group, shared.ends, marks);
-    load_group_batches<2>(extend, seq, num_whole, group, shared.ends, marks);
+    load_group_batches<kThreads, kLargeBatch>(extend, seq, num_whole, group, shared.ends, words);
+    load_group_batches<kThreads, 1>(extend, seq, num_whole, group, shared.ends, words);
   }
 #pragma unroll 1
-  for (; group * kGroup < args.bs; group += kBlockThreads) {
-    Length extends[kGroup], seqs[kGroup];
-    load_four(seq, group * kGroup, args.bs, seqs);
+  for (; group * kGroup < args.bs; group += kThreads) {
+    Length extends[kGroup], seqs[kGroup] = {};
+    if (seq.is_int64) load_four(seq, group * kGroup, args.bs, seqs);
     load_four(extend, group * kGroup, args.bs, extends);
-    shared.ends[group] = group_sum(extends, seqs, marks);
+    u32 highs = 0;
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      highs |= extends[k].high;
+      words.seqs |= seqs[k].high ^ seqs[k].low >> 31;
+    }
+    shared.ends[group] = words.add({extends[0].low, extends[1].low, extends[2].low, extends[3].low}, highs);
   }
-  return marks;
+  return words.marks(extend.is_int64);
 }
 
-__device__ __forceinline__ Marks load_tiles(const DraftExtendArgs& args, LargePrefix& shared) {
+template <int kThreads>
+__device__ __forceinline__ Marks load_tiles(const DraftExtendArgs& args, LargePrefix<kThreads>& shared) {
   Marks marks;
-  for (int entry = threadIdx.x; entry < args.num_entries; entry += kBlockThreads) {
+  for (int entry = threadIdx.x; entry < args.num_entries; entry += kThreads) {
     const u32 total = args.tile_totals[entry];
     marks.bad |= total >> 31;
     if (total == kMarkedNegative) marks.signs = -1;
@@ -513,9 +546,10 @@ __device__ __forceinline__ Marks load_tiles(const DraftExtendArgs& args, LargePr
 }
 
 // Turns the sums of the entries into their ends. Returns T or a mark.
-__device__ __forceinline__ u32 scan_entries(LargePrefix& shared, int num_entries, Marks marks) {
+template <int kThreads>
+__device__ __forceinline__ u32 scan_entries(LargePrefix<kThreads>& shared, int num_entries, Marks marks) {
   // Each thread on consecutive entries; an odd count per thread spreads them over all banks.
-  const int per_thread = ((num_entries + kBlockThreads - 1) / kBlockThreads) | 1;
+  const int per_thread = ((num_entries + kThreads - 1) / kThreads) | 1;
   const int begin = min(static_cast<int>(threadIdx.x) * per_thread, num_entries);
   const int end = min(begin + per_thread, num_entries);
   u32 mine = 0, all_sums = 0;
@@ -527,22 +561,22 @@ __device__ __forceinline__ u32 scan_entries(LargePrefix& shared, int num_entries
   marks.check_sums(all_sums);
   const u32 inclusive = warp_inclusive_scan(mine, marks);
   const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
-  const BlockSums sums = block_sums(warp_word(warp_total, marks), shared.words);
-  u32 running = sums.before_warp() + inclusive - mine;
+  const BeforeWarp before = sum_before_warp(warp_word(warp_total, marks), shared.words);
+  u32 running = before.sum + inclusive - mine;
 #pragma unroll 4
   for (int entry = begin; entry < end; ++entry) {
     running += shared.ends[entry];
     shared.ends[entry] = running;
   }
-  return sums.total;
+  return before.total;
 }
 
 // The request of a row, among those of the entry that covers it: a group or a tile.
 template <bool kTiled>
-__device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, const LargePrefix& shared,
-                                                 u32 row, int first_entry) {
-  const int entry = upper_bound(shared.ends, first_entry, args.num_entries - 1, row);
-  const u32 begin = entry > 0 ? shared.ends[entry - 1] : 0;
+__device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, const u32* ends, u32 row,
+                                                 int first_entry) {
+  const int entry = upper_bound(ends, first_entry, args.num_entries - 1, row);
+  const u32 begin = entry > 0 ? ends[entry - 1] : 0;
   int idx = entry * args.requests_per_entry;
   u32 end;
   if constexpr (kTiled) {
@@ -570,21 +604,21 @@ __device__ __forceinline__ Found find_in_entries(const DraftExtendArgs& args, co
   return {end, request_base(seq_lengths(args)[idx].low, end), entry};
 }
 
-template <bool kTiled>
+template <bool kTiled, int kThreads>
 __device__ __forceinline__ void draft_extend_large_body(const DraftExtendArgs& args) {
-  __shared__ LargePrefix shared;
+  __shared__ LargePrefix<kThreads> shared;
   const Marks marks = kTiled ? load_tiles(args, shared) : load_groups(args, shared);
-  const u32 previous = previous_epoch(args);
+  const u32 previous = previous_epoch<kThreads>(args);
   __syncthreads();
   const u32 total = scan_entries(shared, args.num_entries, marks);
   __syncthreads();
-  write_rows<true>(args, total, previous, [&](u32 row, int first_entry) -> Found {
-    return find_in_entries<kTiled>(args, shared, row, first_entry);
+  write_rows<true, kThreads>(args, total, previous, [&](u32 row, int first_entry) -> Found {
+    return find_in_entries<kTiled>(args, shared.ends, row, first_entry);
   });
 }
 
 __device__ __forceinline__ void draft_extend_tiles_body(const DraftExtendArgs& args) {
-  __shared__ WarpWords words;
+  __shared__ WarpWords<> words;
   const Lengths extend = extend_lengths(args);
   const Lengths seq = seq_lengths(args);
   const int begin = static_cast<int>(blockIdx.x) * args.requests_per_entry;
@@ -600,12 +634,12 @@ __device__ __forceinline__ void draft_extend_tiles_body(const DraftExtendArgs& a
     }
     const u32 inclusive = warp_inclusive_scan(static_cast<u32>(extend_len.low), marks);
     const u32 warp_total = __shfl_sync(kFullWarp, inclusive, kWarpThreads - 1);
-    const BlockSums sums = block_sums(warp_word(warp_total, marks), words);
-    if (idx < end) args.request_ends[idx] = before_chunk + sums.before_warp() + inclusive;
-    if (sums.total >= kMarked) {
-      mark = max(mark, sums.total);  // kMarkedNegative is the larger one
+    const BeforeWarp before = sum_before_warp(warp_word(warp_total, marks), words);
+    if (idx < end) args.request_ends[idx] = before_chunk + before.sum + inclusive;
+    if (before.total >= kMarked) {
+      mark = max(mark, before.total);  // kMarkedNegative is the larger one
     } else {
-      before_chunk += sums.total;
+      before_chunk += before.total;
       if (before_chunk >= kMarked) mark = max(mark, kMarkedOutside);
       before_chunk &= ~kMarked;  // means nothing any more, but cannot wrap around
     }
@@ -616,10 +650,10 @@ __device__ __forceinline__ void draft_extend_tiles_body(const DraftExtendArgs& a
 
 }  // namespace nsa
 
-#define NSA_KERNEL(name, blocks_per_sm, ...)                                      \
-  extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, blocks_per_sm) \
-      name(const nsa::DraftExtendArgs args) {                                     \
-    nsa::__VA_ARGS__(args);                                                       \
+#define NSA_KERNEL(name, threads, blocks_per_sm, ...)                  \
+  extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm) \
+      name(const nsa::DraftExtendArgs args) {                          \
+    nsa::__VA_ARGS__(args);                                            \
   }
 // Grids: any number of blocks that covers max_rows in quad mode, else any number at all; the rows are
 // dealt out over those there are. draft_extend_tiles has num_entries blocks, one per tile, and goes
@@ -627,15 +661,15 @@ __device__ __forceinline__ void draft_extend_tiles_body(const DraftExtendArgs& a
 //
 // The slowest to compile is a program of its own: the same in PROGRAMS of cupy_nsa_meta/_module.py.
 #if NSA_IN_PROGRAM(0)
-NSA_KERNEL(draft_extend_large, 1, draft_extend_large_body<false>)
+NSA_KERNEL(draft_extend_large, nsa::kLargeThreads, 1, draft_extend_large_body<false, nsa::kLargeThreads>)
 #endif
 #if NSA_IN_PROGRAM(1)
-NSA_KERNEL(draft_extend_warp, 4, draft_extend_warp_body<false>)
-NSA_KERNEL(draft_extend_warp_quads, 4, draft_extend_warp_body<true>)
-NSA_KERNEL(draft_extend_block, 4, draft_extend_block_body<1, false>)
-NSA_KERNEL(draft_extend_block4, 4, draft_extend_block_body<nsa::kMaxItems, false>)
-NSA_KERNEL(draft_extend_block4_quads, 4, draft_extend_block_body<nsa::kMaxItems, true>)
-NSA_KERNEL(draft_extend_tiles, 4, draft_extend_tiles_body)
-NSA_KERNEL(draft_extend_tiled, 4, draft_extend_large_body<true>)
+NSA_KERNEL(draft_extend_warp, nsa::kBlockThreads, 4, draft_extend_warp_body<false>)
+NSA_KERNEL(draft_extend_warp_quads, nsa::kBlockThreads, 4, draft_extend_warp_body<true>)
+NSA_KERNEL(draft_extend_block, nsa::kBlockThreads, 4, draft_extend_block_body<1, false>)
+NSA_KERNEL(draft_extend_block4, nsa::kBlockThreads, 4, draft_extend_block_body<nsa::kMaxItems, false>)
+NSA_KERNEL(draft_extend_block4_quads, nsa::kBlockThreads, 4, draft_extend_block_body<nsa::kMaxItems, true>)
+NSA_KERNEL(draft_extend_tiles, nsa::kBlockThreads, 4, draft_extend_tiles_body)
+NSA_KERNEL(draft_extend_tiled, nsa::kBlockThreads, 4, draft_extend_large_body<true, nsa::kBlockThreads>)
 #endif
 #undef NSA_KERNEL

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from . import _launch
+from . import _launch, _module
 from ._check import Addresses, DraftExtendArrays, DraftExtendKey
 from ._launch import Launches
 
@@ -25,6 +25,7 @@ ARGS = LAYOUT.struct
 assert ARGS.size == 120
 
 BLOCK_THREADS = _launch.BLOCK_THREADS
+LARGE_THREADS = _module.block_threads("draft_extend_large")
 WARP_MAX_BS = 32  # kWarpMaxBs
 MAX_ITEMS = 4  # kMaxItems
 MAX_ENTRIES = 4096  # kMaxEntries
@@ -33,15 +34,15 @@ ONE_LAUNCH_MAX_BS = 16384  # kOneLaunchMaxBs
 LINEAR_SEARCH_MAX_BS = 16
 #: Capacity from which rows are written in quads; below, a launch is a matter of latency.
 QUADS_MIN_ROWS = 1 << 20  # short-lived blocks write faster than resident ones: 16 or 32 KB each
-QUAD_TILE_ROWS = 4 * BLOCK_THREADS  # kQuadTileRows
+QUAD = 4  # kQuad: rows per thread and step in quad mode
 QUAD_ROWS_PER_REQUEST = 16  # kQuadModeRowsPerRequest
 LARGE_BLOCKS_PER_SM = 2
 BLOCKS_PER_SM = 8  # 2,048 threads
+TILED_BLOCKS_PER_SM = 4  # each reads the totals of all tiles
 #: Every block reads the whole batch: with many requests, blocks that write few rows cost more than
 #: they save.
 FEW_REQUESTS = 1024
 FEW_ROWS = 1 << 16
-FEW_BLOCKS_MAX_BS = 4096  # beyond, a block takes long over few rows, too
 
 # Flags, next to those that _check.py sets.
 LINEAR_SEARCH = 4
@@ -73,25 +74,28 @@ def shape_of(key: DraftExtendKey, num_sms: int) -> Geometry:
 @lru_cache(maxsize=1024)
 def geometry(bs: int, limit: int, has_quads: bool, use_adaptive: bool, num_sms: int) -> Geometry:
     """``shape_of`` from numbers; ``has_quads``: rows are many and aligned."""
-    grid = (limit + BLOCK_THREADS - 1) // BLOCK_THREADS or 1
+    is_large = BLOCK_THREADS * MAX_ITEMS < bs <= ONE_LAUNCH_MAX_BS
+    threads = LARGE_THREADS if is_large else BLOCK_THREADS
+    grid = (limit + threads - 1) // threads or 1
     flags = tiles_per_block = 0
     num_entries, requests_per_entry = bs, 1
     launches: Launches
     if has_quads and limit >= QUAD_ROWS_PER_REQUEST * bs:
         flags = QUADS
-        tiles = -(-limit // QUAD_TILE_ROWS)
+        tiles = -(-limit // (QUAD * threads))
         if bs <= WARP_MAX_BS:
             tiles_per_block = 2
-        elif bs <= BLOCK_THREADS * MAX_ITEMS or bs > ONE_LAUNCH_MAX_BS:
+        elif is_large:  # a block reads up to 200 KB of lengths before it writes
+            tiles_per_block = max(8, -(-tiles // (num_sms * LARGE_BLOCKS_PER_SM)))
+        else:
             tiles_per_block = 4
-        else:  # a block reads up to 200 KB of lengths before it writes
-            tiles_per_block = max(16, -(-tiles // (num_sms * LARGE_BLOCKS_PER_SM)))
         grid = -(-tiles // tiles_per_block)
     elif bs > ONE_LAUNCH_MAX_BS:
-        grid = min(grid, num_sms * BLOCKS_PER_SM)  # they read the totals of tiles only
+        grid = min(grid, num_sms * TILED_BLOCKS_PER_SM)
+    elif is_large:
+        grid = min(grid, num_sms)
     elif bs > BLOCK_THREADS:
-        is_few = limit <= FEW_ROWS and bs <= FEW_BLOCKS_MAX_BS
-        grid = min(grid, (num_sms + 1) // 2 if is_few else num_sms)
+        grid = min(grid, (num_sms + 1) // 2 if limit <= FEW_ROWS else num_sms)
     elif grid > num_sms:
         grid = min(grid, num_sms * min(FEW_REQUESTS // (bs or 1), BLOCKS_PER_SM))
     if bs <= WARP_MAX_BS:
@@ -104,7 +108,7 @@ def geometry(bs: int, limit: int, has_quads: bool, use_adaptive: bool, num_sms: 
         launches = (
             ("draft_extend_block4_quads" if tiles_per_block else "draft_extend_block4", grid),
         )
-    elif bs <= ONE_LAUNCH_MAX_BS:
+    elif is_large:
         num_entries, requests_per_entry = -(-bs // GROUP), GROUP
         launches = (("draft_extend_large", grid),)
     else:  # tiles of whole chunks of a block: 1,000,000 requests make 3,907 of 256

@@ -40,7 +40,7 @@ EPOCH_MASK = (1 << 29) - 1
 WORD_MASK = (1 << EPOCH_SHIFT) - 1  # a word less its epoch
 ARGS_BYTES = 512  # room for the largest argument struct; the driver copies what a kernel declares
 Launches = tuple[tuple[str, int], ...]  # kernels and grids, in order
-BLOCK_THREADS = 256  # kBlockThreads of common.cuh, the block size of every kernel
+BLOCK_THREADS = _module.BLOCK_THREADS
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 #: Raw handle of torch's current stream of a device; absent from CPU builds of torch.
@@ -151,7 +151,7 @@ class DeviceState:
         self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self.stems: set[str] = set()  # of the source files whose kernels are loaded
         self._kernels: dict[str, Any] = {}  # kept: a function handle dies with its module
-        self._functions: dict[str, int] = {}
+        self._functions: dict[str, tuple[int, int]] = {}  # handles, threads of a block
         with torch.cuda.device(device), relaxed_capture():
             num_bytes = NUM_SLOTS * SLOT_BYTES
             flags = self.runtime.hostAllocMapped | self.runtime.hostAllocPortable
@@ -189,11 +189,14 @@ class DeviceState:
         """Compile and load the kernels of ``cuda_src/<stem>.cu``, once."""
         kernels = _module.load(stem, self.device)
         self._kernels.update(kernels)
-        self._functions.update({name: kernel.ptr for name, kernel in kernels.items()})
+        self._functions.update(
+            (name, (kernel.ptr, _module.block_threads(name)))
+            for name, kernel in kernels.items()
+        )
         self.stems.add(stem)
 
-    def kernel(self, name: str) -> int:
-        """The function handle of a kernel that is loaded."""
+    def kernel(self, name: str) -> tuple[int, int]:
+        """The function handle of a kernel that is loaded, and the threads of its blocks."""
         return self._functions[name]
 
     def take_slot(self) -> Slot:
@@ -254,14 +257,14 @@ class DeviceState:
         # The driver's call, 1 us less than that of CuPy's kernel objects.
         launch, params = self._launch_kernel, arguments.params
         for name, grid in launches:
-            function = self._functions[name]
+            function, threads = self._functions[name]
             try:
-                launch(function, grid, 1, 1, BLOCK_THREADS, 1, 1, 0, stream, params, 0)
+                launch(function, grid, 1, 1, threads, 1, 1, 0, stream, params, 0)
             except self._driver_error as error:
                 if error.status != INVALID_CONTEXT:
                     raise
                 self.runtime.setDevice(self.device)  # a thread that has not used CUDA yet
-                launch(function, grid, 1, 1, BLOCK_THREADS, 1, 1, 0, stream, params, 0)
+                launch(function, grid, 1, 1, threads, 1, 1, 0, stream, params, 0)
 
     def _launch_graph_on_device(self, graph: int, stream: int) -> None:
         if self._get_device() == self.device:

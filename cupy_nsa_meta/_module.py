@@ -39,6 +39,9 @@ KERNELS: dict[str, tuple[str, ...]] = {
     ),
     "fused": ("fused", "fused_direct", "fused_direct_uniform", "fused_tiles"),
 }
+BLOCK_THREADS = 256  # kBlockThreads of common.cuh: threads of a block
+#: Threads of the blocks of other kernels.
+LARGER_BLOCKS = {"draft_extend_large": 512}  # kLargeThreads of draft_extend.cu
 #: Files whose kernels are compiled as several programs, side by side: the first call waits for the
 #: slowest one only. Two, as ``draft_extend_large`` alone takes as long as the rest on some cores,
 #: and each program costs 40 ms of a core. ``NSA_IN_PROGRAM`` in the file draws the same lines.
@@ -253,6 +256,11 @@ def driver_version() -> tuple[int, int] | None:
     except (OSError, AttributeError):
         return None
     return version.value // 1000, version.value % 1000 // 10
+
+
+def block_threads(kernel: str) -> int:
+    """The threads of a kernel's blocks."""
+    return LARGER_BLOCKS.get(kernel, BLOCK_THREADS)
 
 
 def load(stem: str, device: int) -> dict[str, Any]:

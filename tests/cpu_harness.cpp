@@ -20,15 +20,15 @@ using Bytes = std::vector<char>;
 using Kernel = std::function<void(unsigned grid, const Bytes& args)>;
 
 template <class Args>
-Kernel wrap(void (*kernel)(Args)) {
-  return [kernel](unsigned grid, const Bytes& bytes) {
+Kernel wrap(void (*kernel)(Args), unsigned num_threads) {
+  return [kernel, num_threads](unsigned grid, const Bytes& bytes) {
     Args args;
     if (bytes.size() != sizeof(args)) {
       std::fprintf(stderr, "expected %zu argument bytes, got %zu\n", sizeof(args), bytes.size());
       std::exit(3);
     }
     std::memcpy(&args, bytes.data(), sizeof(args));
-    cuda_on_cpu::launch(kernel, grid, args);
+    cuda_on_cpu::launch(kernel, grid, num_threads, args);
   };
 }
 

@@ -63,7 +63,9 @@ def build(sanitizer: str, patch: Patch | None = None, stem: str | None = None) -
         patch.apply(sources)
     executable = folder / "harness"
     (folder / "sources.inc").write_text("".join(f'#include "{stem}.cu"\n' for stem in stems))
-    (folder / "kernels.inc").write_text("".join(f'{{"{n}", wrap({n})}},\n' for n in kernels))
+    (folder / "kernels.inc").write_text(
+        "".join(f'{{"{n}", wrap({n}, {_module.block_threads(n)})}},\n' for n in kernels)
+    )
     subprocess.run(
         ["g++", "-std=c++20", *(("-O1", "-g") if patch is None else ("-O0",)), "-pthread", "-Wall", "-Wextra", "-Werror",
          "-Wno-unknown-pragmas", *SANITIZERS[sanitizer], f"-I{folder}", f"-I{sources}", f"-I{TESTS}",

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <thread>
 #include <vector>
 
@@ -54,15 +55,14 @@ inline int atomicMax(int* at, int value) {
 
 namespace cuda_on_cpu {
 
-constexpr int kThreads = 256;
+constexpr int kMaxThreads = 1024;
 constexpr int kWarp = 32;
 
-inline std::barrier<> block_barrier(kThreads);
 struct Warp {
   std::barrier<> barrier{kWarp};
   std::uint64_t slots[kWarp] = {};
 };
-inline Warp warps[kThreads / kWarp];
+inline Warp warps[kMaxThreads / kWarp];
 
 template <class T>
 inline T exchange(T value, int source_lane) {
@@ -78,8 +78,9 @@ inline T exchange(T value, int source_lane) {
 // longer to make them than to run a block.
 class Block {
  public:
-  Block() {
-    for (unsigned thread = 0; thread < kThreads; ++thread) {
+  explicit Block(unsigned num_threads)
+      : barrier(num_threads), begin_(num_threads + 1), end_(num_threads + 1) {
+    for (unsigned thread = 0; thread < num_threads; ++thread) {
       threads_.emplace_back([this, thread] {
         threadIdx.x = thread;
         for (begin_.arrive_and_wait(); work_; begin_.arrive_and_wait()) {
@@ -101,33 +102,34 @@ class Block {
     end_.arrive_and_wait();
   }
 
+  std::barrier<> barrier;  // __syncthreads
+
  private:
-  std::barrier<> begin_{kThreads + 1}, end_{kThreads + 1};
+  std::barrier<> begin_, end_;
   std::function<void()> work_;
   std::vector<std::thread> threads_;
 };
 
-inline Block& the_block() {
-  static Block block;
-  return block;
-}
+inline Block* running;
 
-// Runs kernel(args) for every thread of `grid` blocks of kThreads threads.
+// Runs kernel(args) for every thread of `grid` blocks of `num_threads` threads.
 template <class Args>
-void launch(void (*kernel)(Args), unsigned grid, const Args& args) {
+void launch(void (*kernel)(Args), unsigned grid, unsigned num_threads, const Args& args) {
+  static std::map<unsigned, Block> blocks;  // by their threads
+  running = &blocks.try_emplace(num_threads, num_threads).first->second;
   gridDim.x = grid;
-  the_block().run([&] {
+  running->run([&] {
     for (unsigned block = 0; block < grid; ++block) {
       blockIdx.x = block;
       kernel(args);
-      block_barrier.arrive_and_wait();
+      running->barrier.arrive_and_wait();
     }
   });
 }
 
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::block_barrier.arrive_and_wait(); }
+inline void __syncthreads() { cuda_on_cpu::running->barrier.arrive_and_wait(); }
 
 template <class T>
 inline T __shfl_sync(unsigned, T value, int lane) {

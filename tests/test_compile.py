@@ -14,8 +14,8 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"
 if nvrtc.getVersion()[0] == 12:  # NVRTC 13 has dropped Volta
     ARCHITECTURES.insert(0, "sm_70")
 MAX_REGISTERS = {
-    # A block of 256 threads per multiprocessor, with 48 loads of 16 bytes in flight per thread.
-    "draft_extend_large": 168,
+    # A block of 512 threads per multiprocessor, with 16 loads of 16 bytes in flight per thread.
+    "draft_extend_large": 128,
 }
 DEFAULT_MAX_REGISTERS = 64  # four blocks of 256 threads share 65,536 registers
 MAX_STATIC_SHARED = 48 * 1024
@@ -117,7 +117,9 @@ def test_the_constants_of_host_and_device_agree():
         "kBlockThreads": _draft_extend_args.BLOCK_THREADS,
         "kWarpMaxBs": _draft_extend_args.WARP_MAX_BS,
         "kMaxItems": _draft_extend_args.MAX_ITEMS,
-        "kQuadTileRows": "kQuad * kBlockThreads",
+        "kLargeThreads": _draft_extend_args.LARGE_THREADS,
+        "kQuad": _draft_extend_args.QUAD,
+        "kQuadTileRows": "kQuad * kThreads",
         "kQuadModeRowsPerRequest": "4 * kQuad",
         "kQuads": _draft_extend_args.QUADS,
         "kMaxEntries": _draft_extend_args.MAX_ENTRIES,
