@@ -152,10 +152,8 @@ __device__ __forceinline__ int cut(i64 value, int* status) {
   return static_cast<int>(value < 0 ? kInt32Min : kInt32Max);
 }
 
-// Query tokens of request idx, >= 0.
-__device__ __forceinline__ i64 query_tokens(const FusedArgs& args, int idx, int* status) {
-  if (args.extend_seq_lens == nullptr) return args.uniform_q;
-  const i64 extend = fused_extend_lens(args)[idx].value();
+// Query tokens of an extend length, >= 0.
+__device__ __forceinline__ i64 query_tokens(i64 extend, int* status) {
   if (extend < 0) meet(status, kNegativeExtend);
   return max(static_cast<i64>(cut(extend, status)), static_cast<i64>(0));
 }
@@ -181,8 +179,15 @@ __device__ __forceinline__ Sums add(const Sums& a, const Sums& b) {
 }
 
 __device__ __forceinline__ Sums request_sums(const FusedArgs& args, int idx, int* status) {
-  const i64 q = query_tokens(args, idx, status);
-  const i64 kv = static_cast<i64>(cut(fused_seq_lens(args)[idx].value(), status)) + args.kv_add;
+  // Both are loaded before either is looked at.
+  const Lengths seq_lens = fused_seq_lens(args), extend_lens = fused_extend_lens(args);
+  const bool rows_vary = args.extend_seq_lens != nullptr;
+  LengthWords seq_words(seq_lens.at(idx), 0, seq_lens.is_int64);
+  LengthWords extend_words(extend_lens.at(idx), 0, extend_lens.is_int64);
+  seq_words.load(true);
+  extend_words.load(rows_vary);
+  const i64 q = rows_vary ? query_tokens(extend_words.value().value(), status) : args.uniform_q;
+  const i64 kv = static_cast<i64>(cut(seq_words.value().value(), status)) + args.kv_add;
   return {kv, q, min(clipped_sum(kv - q + 1, q, args.topk), kBeyondInt32)};
 }
 
@@ -254,13 +259,17 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
     if (lane == 0) shared.warp_before[warp] = before;
   }
   __syncthreads();
-  Sums tile_before = {0, 0, 0};
-  Sums tile_total = {0, 0, 0};
-#pragma unroll 1
+  i64 tile_rows = 0;
+#pragma unroll
   for (int w = 0; w < kBlockWarps; ++w) {
-    if (tile > 0) tile_before = add(tile_before, shared.warp_before[w]);
-    if (w < warp) upto = add(upto, shared.warp_totals[w]);
-    tile_total = add(tile_total, shared.warp_totals[w]);
+    const Sums of_warp = shared.warp_totals[w];
+    if (w < warp) upto = add(upto, of_warp);
+    tile_rows += of_warp.q;
+  }
+  Sums tile_before = {0, 0, 0};
+  if (tile > 0) {
+#pragma unroll 1
+    for (int w = 0; w < kBlockWarps; ++w) tile_before = add(tile_before, shared.warp_before[w]);
   }
   const i64 q_upto_in_tile = upto.q;
   upto = add(upto, tile_before);
@@ -280,7 +289,7 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
   }
 
   const i64 row_begin = tile_before.q;  // of the tile; exact, T may pass int32
-  const i64 row_end = row_begin + tile_total.q;
+  const i64 row_end = row_begin + tile_rows;
   const bool is_last = tile == args.num_tiles - 1;
   const i64 total_len = args.total_len;
   if (is_last && part == 0 && thread == 0) {
@@ -549,10 +558,11 @@ __device__ __forceinline__ i64 block_sum(i64 v, i64* warp_sums) {
   return sum_of_warps(warp_combined(v, [](i64 a, i64 b) { return a + b; }), warp_sums);
 }
 
-// Tokens that request idx has in the flattened table.
-__device__ __forceinline__ i64 flattened_tokens(const FusedArgs& args, int idx) {
+// What a length counts for, tokens of the flattened table or query tokens; the blocks of 1-D arrays
+// report it where it is bad.
+__device__ __forceinline__ i64 tokens_of(const Length& length) {
   int ignored = 0;
-  return max(cut(fused_seq_lens(args)[idx].value(), &ignored), 0);
+  return max(cut(length.value(), &ignored), 0);
 }
 
 // This thread's share of the sum over the requests before `request` of their query tokens or
@@ -567,10 +577,18 @@ __device__ __forceinline__ i64 share_before(const FusedArgs& args, int request, 
         args.tile_sums + (of_tokens ? kTileTokens : kTileQ) * static_cast<i64>(args.num_tiles);
     for (int other = threadIdx.x; other < tile; other += kBlockThreads) sum += tiles[other];
   }
-  int ignored = 0;
-#pragma unroll 4
-  for (int idx = idx_begin + static_cast<int>(threadIdx.x); idx < request; idx += kBlockThreads) {
-    sum += of_tokens ? flattened_tokens(args, idx) : query_tokens(args, idx, &ignored);
+  const Lengths lengths = of_tokens ? fused_seq_lens(args) : fused_extend_lens(args);
+#pragma unroll 1
+  for (int idx = idx_begin + static_cast<int>(threadIdx.x); idx < request; idx += kUnroll * kBlockThreads) {
+    Length loaded[kUnroll];
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      LengthWords words(lengths.at(idx + k * kBlockThreads), 0, lengths.is_int64);
+      words.load(idx + k * kBlockThreads < request);
+      loaded[k] = words.value();
+    }
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) sum += tokens_of(loaded[k]);
   }
   return sum;
 }
@@ -662,9 +680,10 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   int q = args.uniform_q;  // lengths of query tokens fit 32 bits
   u32 early = 0;
   if (loads_early) {
-    q = static_cast<int>(query_tokens(args, request, &ignored));
+    const Lengths lengths = fused_extend_lens(args);
+    q = static_cast<int>(tokens_of(lengths[request]));
     const int other = static_cast<int>(threadIdx.x);
-    if (other < request) early = static_cast<u32>(query_tokens(args, other, &ignored));
+    if (other < request) early = static_cast<u32>(tokens_of(lengths[other]));
   }
   if (pool < 0 || pool >= args.pool_rows) {
     if (block == 0 && threadIdx.x == 0) atomicMax(args.status, kRequestOutsidePool);
@@ -697,7 +716,7 @@ __device__ __forceinline__ void table_block(const FusedArgs& args, int request, 
   const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
   if (block_first >= items) return;  // behind the live prefix: before any sum
 
-  if (rows_vary && !loads_early) q = static_cast<int>(query_tokens(args, request, &ignored));
+  if (rows_vary && !loads_early) q = static_cast<int>(tokens_of(fused_extend_lens(args)[request]));
   i64 sum = 0;
   if (loads_early && !flattens) {
     sum = sum_of_warps(static_cast<i64>(warp_sum(early)), warp_sums);
@@ -911,7 +930,8 @@ extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBloc
   const int block = static_cast<int>(blockIdx.x);
   const int row_blocks = args.num_tiles * args.row_parts;
   if (block < row_blocks) {
-    nsa::row_block(args, block / args.row_parts, block % args.row_parts);
+    const int tile = args.num_tiles == 1 ? 0 : block / args.row_parts;  // most batches: no division
+    nsa::row_block(args, tile, block - tile * args.row_parts);
   } else {
     const int table = block - row_blocks;
     const int blocks = args.page_1_blocks + args.real_page_blocks + args.flattened_blocks;
@@ -943,7 +963,7 @@ extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads) fused_tiles(con
   nsa::i64 tokens = 0;
   if (idx < args.bs) {
     sums = nsa::request_sums(args, idx, &ignored);
-    tokens = nsa::flattened_tokens(args, idx);
+    tokens = nsa::tokens_of(nsa::fused_seq_lens(args)[idx]);
   }
 #pragma unroll 1
   for (int which = 0; which < nsa::kTileSums; ++which) {

@@ -293,6 +293,10 @@ class Numbers(NamedTuple):
     total_is_capacity: bool = False
 
 
+#: ``Numbers``, or the same without names, which take longer to give than to use.
+PlainNumbers = tuple[int, int, int, int, bool]
+
+
 def numbers_of(call: FusedCall) -> Numbers:
     return Numbers(call.bs, call.total_len, call.pad_to, call.uniform_q, call.total_is_capacity)
 
@@ -314,7 +318,7 @@ class Template:
         #: kernels, grids.
         self._shapes: dict[tuple[Any, ...], tuple[bytes, Launches]] = {}
 
-    def fill(self, buffer: bytearray, numbers: Numbers, tile_sums: int = 0) -> Launches:
+    def fill(self, buffer: bytearray, numbers: PlainNumbers, tile_sums: int = 0) -> Launches:
         """Pack the arguments of a launch; its kernels and grids."""
         bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
         # parts_of_rows depends on rows by whole tiles alone, is_small on padding by its presence.
@@ -332,13 +336,13 @@ class Template:
             _PAD_TO.pack_into(buffer, _PAD_TO_AT, pad_to)
         return launches
 
-    def pack(self, numbers: Numbers, tile_sums: int = 0) -> PackedLaunch:
+    def pack(self, numbers: PlainNumbers, tile_sums: int = 0) -> PackedLaunch:
         """A launch that can be made again."""
         arguments = bytearray(ARGS.size)
         launches = self.fill(arguments, numbers, tile_sums)
         return PackedLaunch(arguments, launches)
 
-    def _shape(self, numbers: Numbers, tile_sums: int) -> tuple[bytes, Launches]:
+    def _shape(self, numbers: PlainNumbers, tile_sums: int) -> tuple[bytes, Launches]:
         bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
         direct = self._direct
         if tile_sums or not is_small(bs, uniform_q, self._max_extend_len, pad_to):

@@ -132,23 +132,26 @@ class KnownCalls(Generic[Value]):
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
+        self.size = 0  # memories for which something is kept
         self._of_objects: dict[tuple[int, ...], _Known[Value]] = {}  # by ids
         self._alive: dict[tuple[int, ...], list[weakref.ref[torch.Tensor]]] = {}
         self._of_memory: dict[Memory, _Known[Value]] = {}
         self._picks: dict[tuple[int, ...], _Pick] = {}
         self._met: dict[int, int] = {}
 
-    def of_objects(self, tensors: tuple[Any, ...]) -> Value | None:
-        known = self._of_objects.get(tuple(map(id, tensors)))
+    def find(self, tensors: tuple[Any, ...]) -> tuple[Value | None, Memory | None]:
+        """What is kept for a call; its memory where its objects do not tell."""
+        ids = tuple(map(id, tensors))
+        known = self._of_objects.get(ids)
         if known is not None:
             present = known.pick(tensors)
             if known.guard(*present) and known.addresses == tuple(map(data_ptr, present)):
-                return known.value
-        return None
+                return known.value, None
+        return self._by_memory(ids, tensors)
 
-    def of_memory(self, tensors: tuple[Any, ...]) -> tuple[Value | None, Memory | None]:
-        """What is kept for a call whose objects are not known, and its memory where it has one."""
-        ids = tuple(map(id, tensors))
+    def _by_memory(
+        self, ids: tuple[int, ...], tensors: tuple[Any, ...]
+    ) -> tuple[Value | None, Memory | None]:
         try:
             places = {_ID_OF_NONE: -1}
             pattern = tuple(map(places.setdefault, ids, range(len(ids))))
@@ -175,7 +178,7 @@ class KnownCalls(Generic[Value]):
     def keep(self, memory: Memory, tensors: tuple[Any, ...], value: Value) -> None:
         """For calls like this one, where there can be a guard."""
         pattern, _, addresses = memory
-        pick = self._pick(pattern)
+        pick = self._picks.get(pattern) or self._pick(pattern)
         present = pick(tensors)
         is_alike = guard(present)
         if is_alike is None:
@@ -183,12 +186,11 @@ class KnownCalls(Generic[Value]):
         if len(self._of_memory) >= self.max_size:
             self.clear()
         self._of_memory[memory] = known = _Known(pick, is_alike, addresses, value)
+        self.size = len(self._of_memory)
         self._keep_objects(tuple(map(id, tensors)), known, present)
 
-    def __len__(self) -> int:
-        return len(self._of_memory)
-
     def clear(self) -> None:
+        self.size = 0
         for kept in (self._of_objects, self._alive, self._of_memory, self._picks, self._met):
             kept.clear()
 

@@ -190,8 +190,7 @@ class DeviceState:
         kernels = _module.load(stem, self.device)
         self._kernels.update(kernels)
         self._functions.update(
-            (name, (kernel.ptr, _module.block_threads(name)))
-            for name, kernel in kernels.items()
+            (name, (kernel.ptr, _module.block_threads(name))) for name, kernel in kernels.items()
         )
         self.stems.add(stem)
 

@@ -19,6 +19,7 @@ from ._fused_args import (
     NUM_TILE_SUMS,
     ONE_LAUNCH_MAX_BS,
     Numbers,
+    PlainNumbers,
     Template,
     num_tiles,
     numbers_of,
@@ -78,12 +79,14 @@ class _KnownCall:
         self.checked = checked
 
     def keep(self, scalars: tuple[Any, ...], packed: PackedLaunch | None) -> None:
-        if len(self.packed) >= max(MIN_PACKED, MAX_PACKED // max(len(self.calls), 1)):
-            self.packed.clear()
-        self.packed[scalars] = packed
+        kept = self.packed
+        size = len(kept)
+        if size >= MIN_PACKED and size * (self.calls.size or 1) >= MAX_PACKED:
+            kept.clear()
+        kept[scalars] = packed
 
     def meet(
-        self, scalars: tuple[Any, ...], numbers: Numbers, template: Template, is_again: bool
+        self, scalars: tuple[Any, ...], numbers: PlainNumbers, template: Template, is_again: bool
     ) -> None:
         """Launch with scalars that were not met before, or once: the second time packs for good."""
         state = self.state
@@ -113,34 +116,34 @@ class _Op(NamedTuple):
 
     num_varying: int
     #: From scalars and the numbers of the call checked before; None: to be checked.
-    numbers: Callable[[tuple[Any, ...], Numbers], Numbers | None]
+    numbers: Callable[[tuple[Any, ...], Numbers], PlainNumbers | None]
     known: _known.KnownCalls[_KnownCall]
 
 
-def _decode_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers:
+def _decode_numbers(scalars: tuple[Any, ...], _: Numbers) -> PlainNumbers:
     bs = scalars[0]
-    return Numbers(bs, bs, 0, 1)
+    return bs, bs, 0, 1, False
 
 
-def _verify_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers:
+def _verify_numbers(scalars: tuple[Any, ...], _: Numbers) -> PlainNumbers:
     bs, next_n = scalars[0], scalars[4]
-    return Numbers(bs, bs * next_n, 0, next_n)
+    return bs, bs * next_n, 0, next_n, False
 
 
-def _draft_extend_numbers(scalars: tuple[Any, ...], _: Numbers) -> Numbers | None:
+def _draft_extend_numbers(scalars: tuple[Any, ...], _: Numbers) -> PlainNumbers | None:
     bs, total_len, _width, _topk, _page_size, max_extend_len = scalars[:6]
     if total_len > bs * max_extend_len:
         return None
-    return Numbers(bs, total_len, 0, -1)
+    return bs, total_len, 0, -1, False
 
 
-def _extend_numbers(scalars: tuple[Any, ...], most: Numbers) -> Numbers | None:
+def _extend_numbers(scalars: tuple[Any, ...], most: Numbers) -> PlainNumbers | None:
     total_len, pad_to = scalars[:2]
     if pad_to is None:
         pad_to = 0
     elif pad_to < total_len:
         return None
-    return Numbers(most.bs, total_len, pad_to, -1)
+    return most[0], total_len, pad_to, -1, False
 
 
 _DECODE = _Op(1, _decode_numbers, _known.KnownCalls(MAX_KNOWN))
@@ -161,9 +164,7 @@ class _Met(NamedTuple):
 
 def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met | None:
     """Launch a call that is known; None when that was done."""
-    known, memory = op.known.of_objects(tensors), None
-    if known is None:
-        known, memory = op.known.of_memory(tensors)
+    known, memory = op.known.find(tensors)
     variables = _env.variables
     if (
         known is None
@@ -179,14 +180,16 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
         template, most, constants = known.checked
         if scalars[op.num_varying :] == constants:
             numbers = op.numbers(scalars, most)
-            if (
-                numbers is not None
-                and 0 <= numbers.bs <= most.bs
-                and 0 <= numbers.total_len <= most.total_len
-                and 0 <= numbers.pad_to <= most.pad_to
-            ):
-                known.meet(scalars, numbers, template, packed is None)
-                return None
+            if numbers is not None:
+                bs, total_len, pad_to, *_ = numbers
+                most_bs, most_total_len, most_pad_to, *_ = most
+                if (
+                    0 <= bs <= most_bs
+                    and 0 <= total_len <= most_total_len
+                    and 0 <= pad_to <= most_pad_to
+                ):
+                    known.meet(scalars, numbers, template, packed is None)
+                    return None
         return _Met(op, tensors, memory, scalars, known)
     # From the second time on as a captured launch. Cache.lookup and Cache.launch would do the same
     # where there is one; the two calls cost 0.1 us.
@@ -858,8 +861,10 @@ def fused_dsa_extend_metadata(
             page_table_1_flattened=page_table_1_flattened,
         )  # fmt: skip
         return
-    if physical_page_size is PAGE_SIZE_64 or real_page_size is not None:
+    if real_page_size is not None:
         physical_page_size = _page_size(physical_page_size, real_page_size)
+    elif physical_page_size is PAGE_SIZE_64:
+        physical_page_size = 64
     scalars: tuple[Any, ...] = (total_len, pad_to, dsa_index_topk, max_seqlen_k, physical_page_size)
     if not (
         total_len.__class__ is dsa_index_topk.__class__ is physical_page_size.__class__ is int

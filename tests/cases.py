@@ -156,6 +156,13 @@ def _zeros(bs: int, *ones: int) -> np.ndarray:
     return extend
 
 
+def _nines(bs: int, at: int = 0, *values: int) -> np.ndarray:
+    """``values`` from ``at`` on, the rest 9."""
+    lengths = np.full(bs, 9, dtype=np.int64)
+    lengths[at : at + len(values)] = values
+    return lengths
+
+
 _EDGE_SIZES = {
     1: "one request",
     2: "smallest batch with a boundary",
@@ -257,6 +264,22 @@ CASES: list[Case] = [
          total_tokens=5, slack=16),
     case("negative_grouped", "status 2 found in a grouped entry", -_zeros(5000, 4999) // 3,
          np.full(5000, 9)),
+    case("negative_grouped_int64", "the same in the high word", _nines(2051, 1999, -(2**31)),
+         _nines(2051), dtypes=("int64", "int64")),
+    case("extend_outside_grouped", "status 3 by a high word alone", _nines(2051, 1999, 2**32 + 1),
+         _nines(2051), dtypes=("int64", "int32"), slack=64 - 2**32),
+    case("seq_outside_grouped", "status 3 in a whole group", _nines(5000), _nines(5000, 2049, 2**31)),
+    case("seq_outside_grouped_last", "status 3 in the last, partly filled group", _nines(1501),
+         _nines(1501, 1500, -(2**31) - 1)),
+    case("sum_wraps_group", "status 3: the sum of a group is 2^32 + 3",
+         _nines(1300, 800, INT32_MAX, INT32_MAX, 5), _nines(1300)),
+    case("sum_outside_grouped", "status 3 by the sum over groups", np.full(2100, 2**20), _nines(2100)),
+    random_case("large_int32", "KV lengths that need no check", 3001, 5, 20,
+                dtypes=("int32", "int32")),
+    random_case("large_int64", "two vectors of each for a group", 2050, 5, 21,
+                dtypes=("int64", "int64")),
+    random_case("large_swapped", "two vectors of extend lengths", 1503, 5, 22,
+                dtypes=("int64", "int32")),
     case("negative_tiled", "status 2 found in a tile", -_zeros(17000, 16999) // 3, np.full(17000, 9)),
     case("sum_outside_tiled", "status 3 by the sum over tiles", np.full(17000, 2**20),
          np.full(17000, 9)),

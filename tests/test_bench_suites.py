@@ -536,7 +536,7 @@ def test_the_bare_launches_are_the_operation(fake_device, monkeypatch):
         fake_device.launch(SimpleNamespace(params=params), stream, ((function, grid),))
 
     fake_device.cupy.cuda.driver = SimpleNamespace(launchKernel=launch_kernel)
-    fake_device._functions = {name: name for name in _module.KERNELS["draft_extend"]}
+    fake_device._functions = {name: (name, 256) for name in _module.KERNELS["draft_extend"]}
     monkeypatch.setattr(providers, "needs_cuda_backend", lambda device: None)
     session = Session(CPU, 64, timing=FakeGpu(), effort=SMALL)
     measured = session.contest("seed", small_case(), ("bare-graph", "bare-launch"))

@@ -105,6 +105,13 @@ def test_device_data_that_points_nowhere_writes_nothing():
             id="removed_barrier_before_the_scan",
         ),
         pytest.param(
+            "thread",
+            "bs_1025",
+            Patch("common.cuh", "  __syncthreads();\n  const u32 word = lane", "  const u32 word = lane"),
+            "data race",
+            id="removed_barrier_of_the_sums_before_warps",
+        ),
+        pytest.param(
             "address",
             "quads_exact",
             Patch(
@@ -157,6 +164,26 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, patch, report):
             "sum_wraps",
             Patch("common.cuh", "warp_sum(low) > kInt32Max ? kMarkedOutside : sum", "sum"),
             id="sum_of_a_warp_that_wraps",
+        ),
+        pytest.param(
+            "sum_wraps_group",
+            Patch("draft_extend.cu", "    sums |= front | back | (front + back);\n", ""),
+            id="sum_of_a_group_that_wraps",
+        ),
+        pytest.param(
+            "seq_outside_grouped",
+            Patch("draft_extend.cu", "      words.seqs |= seq_quads[k].outside_int32();\n", ""),
+            id="kv_length_of_a_group_outside_int32",
+        ),
+        pytest.param(
+            "extend_outside_grouped",
+            Patch("draft_extend.cu", "highs |= high_words;", "highs |= 0 & high_words;"),
+            id="high_word_of_a_group",
+        ),
+        pytest.param(
+            "negative_grouped",
+            Patch("common.cuh", "  if (word == kMarkedNegative) marks.signs = -1;\n", ""),
+            id="negative_length_in_another_warp",
         ),
         pytest.param(
             "over_capacity",

@@ -864,12 +864,12 @@ def test_what_was_met_once_is_bounded():
 
 def find(calls: _known.KnownCalls, *tensors: Any) -> Any:
     """By the very objects, or else by their memory."""
-    found = calls.of_objects(tensors)
-    return calls.of_memory(tensors)[0] if found is None else found
+    return calls.find(tensors)[0]
 
 
 def keep(calls: _known.KnownCalls, value: str, *tensors: Any) -> None:
-    calls.keep(calls.of_memory(tensors)[1], tensors, value)
+    _, memory = calls._by_memory(tuple(map(id, tensors)), tensors)
+    calls.keep(memory, tensors, value)
 
 
 def test_known_calls_are_bounded():
@@ -900,7 +900,7 @@ def test_what_is_kept_by_objects_ends_with_the_first_of_them():
     memory = torch.zeros(8)
     first, second = memory[:4], memory[4:]
     keep(calls, "value", first, second)
-    assert calls.of_objects((first, second)) == "value"
+    assert calls.find((first, second)) == ("value", None)
     del second
     gc.collect()
     assert not calls._of_objects
