@@ -146,6 +146,8 @@ __device__ __forceinline__ Lengths fused_pool_indices(const FusedArgs& args) {
 __device__ __forceinline__ void meet(int* status, int met) { *status = max(*status, met); }
 
 // `value` cut to int32, with the status of the cut.
+__device__ __forceinline__ int cut(int value, int*) { return value; }
+
 __device__ __forceinline__ int cut(i64 value, int* status) {
   if (fits_int32(value)) return static_cast<int>(value);
   meet(status, kOutsideInt32);
@@ -167,15 +169,55 @@ __device__ __forceinline__ i64 clipped_sum(i64 first, i64 count, i64 topk) {
   return rise + (count - rise_end) * topk;
 }
 
-// What the requests before some place add up to.
-struct Sums {
-  i64 kv;  // exact and signed: a negative length counts as what it is, as in a cumsum
-  i64 q;
-  i64 clipped;  // of each request at most kBeyondInt32
-};
+// The same in 32 bits, where the lengths and the result are below 2^28 and 2^31: the sum of the rise is no
+// larger than the result.
+__device__ __forceinline__ int clipped_sum(int first, int count, int topk) {
+  const int rise_begin = min(max(-first, 0), count);
+  const int rise_end = min(max(topk - first, rise_begin), count);
+  const u32 ends = static_cast<u32>(2 * first + rise_begin + rise_end - 1);
+  const u32 rise = static_cast<u32>(rise_end - rise_begin) * ends / 2;
+  return static_cast<int>(rise + static_cast<u32>(count - rise_end) * static_cast<u32>(topk));
+}
 
-__device__ __forceinline__ Sums add(const Sums& a, const Sums& b) {
+// What the requests before some place add up to.
+template <class Int>
+struct SumsOf {
+  Int kv;  // exact and signed: a negative length counts as what it is, as in a cumsum
+  Int q;
+  Int clipped;  // of each request at most kBeyondInt32
+};
+typedef SumsOf<i64> Sums;
+
+template <class Int>
+__device__ __forceinline__ SumsOf<Int> add(const SumsOf<Int>& a, const SumsOf<Int>& b) {
   return {a.kv + b.kv, a.q + b.q, a.clipped + b.clipped};
+}
+
+// Inclusive sums over the lanes of a warp.
+template <class Int>
+__device__ __forceinline__ SumsOf<Int> warp_scan(SumsOf<Int> sums) {
+  const int lane = threadIdx.x % kWarpThreads;
+#pragma unroll
+  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
+    const SumsOf<Int> below = {__shfl_up_sync(kFullWarp, sums.kv, distance),
+                               __shfl_up_sync(kFullWarp, sums.q, distance),
+                               __shfl_up_sync(kFullWarp, sums.clipped, distance)};
+    if (lane >= distance) sums = add(sums, below);
+  }
+  return sums;
+}
+
+template <class Int, class Other>
+__device__ __forceinline__ SumsOf<Int> converted(const SumsOf<Other>& sums) {
+  return {static_cast<Int>(sums.kv), static_cast<Int>(sums.q), static_cast<Int>(sums.clipped)};
+}
+
+// Below it, a warp's sums fit 31 bits.
+constexpr i64 kSmall = 1ll << 26;
+static_assert(kWarpThreads * kSmall <= kInt32Max + 1, "sums of a warp");
+
+__device__ __forceinline__ bool is_small(const Sums& sums) {
+  return (sums.kv | sums.q | sums.clipped) >= 0 && (sums.kv | sums.q | sums.clipped) < kSmall;
 }
 
 __device__ __forceinline__ Sums request_sums(const FusedArgs& args, int idx, int* status) {
@@ -188,7 +230,7 @@ __device__ __forceinline__ Sums request_sums(const FusedArgs& args, int idx, int
   extend_words.load(rows_vary);
   const i64 q = rows_vary ? query_tokens(extend_words.value().value(), status) : args.uniform_q;
   const i64 kv = static_cast<i64>(cut(seq_words.value().value(), status)) + args.kv_add;
-  return {kv, q, min(clipped_sum(kv - q + 1, q, args.topk), kBeyondInt32)};
+  return {kv, q, min(clipped_sum(kv - q + 1, q, static_cast<i64>(args.topk)), kBeyondInt32)};
 }
 
 enum TileSum { kTileKv, kTileQ, kTileClipped, kTileTokens, kTileSums };
@@ -203,6 +245,7 @@ struct FusedTile {
   i64 clipped_before[kRequestsPerTile + 1];  // entry `count`: with the whole tile
   Sums warp_totals[kBlockWarps];             // of the tile
   Sums warp_before[kBlockWarps];             // of what lies before the tile
+  u32 warp_marks[kBlockWarps];               // kMarked: some length is not small
 };
 static_assert(sizeof(FusedTile) <= 48 * 1024, "static shared memory limit");
 
@@ -226,54 +269,19 @@ __device__ __forceinline__ Sums sums_before_tile(const FusedArgs& args, int tile
   return sums;
 }
 
-__device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int part) {
-  __shared__ FusedTile shared;
+// What is behind the barrier of a row block: results of the requests of a tile, then those of its rows,
+// [row_begin, row_end), exact, as T may pass int32. `mine` are the lengths of this thread's request, `upto`
+// the sums over the batch up to and with it. Int is int where all of these, and all that is made of them,
+// fit 32 bits. Returns the status.
+template <class Int>
+__device__ __forceinline__ int write_tile(const FusedArgs& args, FusedTile& shared, int tile, int part,
+                                          const SumsOf<Int>& mine, const SumsOf<Int>& upto, Int row_begin,
+                                          Int row_end, int status) {
   const int thread = threadIdx.x;
-  const int warp = thread / kWarpThreads;
-  const int lane = thread % kWarpThreads;
   const int idx_begin = tile * kRequestsPerTile;
   const int count = min(args.bs - idx_begin, kRequestsPerTile);
   const int idx = idx_begin + thread;
   const bool exists = thread < count;
-  int status = 0;
-
-  Sums mine = {0, 0, 0};
-  if (exists) mine = request_sums(args, idx, &status);
-  Sums upto = mine;  // inclusive: first in the warp, then in the batch
-#pragma unroll
-  for (int distance = 1; distance < kWarpThreads; distance *= 2) {
-    const Sums below = {__shfl_up_sync(kFullWarp, upto.kv, distance),
-                        __shfl_up_sync(kFullWarp, upto.q, distance),
-                        __shfl_up_sync(kFullWarp, upto.clipped, distance)};
-    if (lane >= distance) upto = add(upto, below);
-  }
-  if (lane == kWarpThreads - 1) shared.warp_totals[warp] = upto;
-  if (tile > 0) {
-    Sums before = sums_before_tile(args, tile);
-#pragma unroll
-    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
-      before = add(before, {__shfl_xor_sync(kFullWarp, before.kv, distance),
-                            __shfl_xor_sync(kFullWarp, before.q, distance),
-                            __shfl_xor_sync(kFullWarp, before.clipped, distance)});
-    }
-    if (lane == 0) shared.warp_before[warp] = before;
-  }
-  __syncthreads();
-  i64 tile_rows = 0;
-#pragma unroll
-  for (int w = 0; w < kBlockWarps; ++w) {
-    const Sums of_warp = shared.warp_totals[w];
-    if (w < warp) upto = add(upto, of_warp);
-    tile_rows += of_warp.q;
-  }
-  Sums tile_before = {0, 0, 0};
-  if (tile > 0) {
-#pragma unroll 1
-    for (int w = 0; w < kBlockWarps; ++w) tile_before = add(tile_before, shared.warp_before[w]);
-  }
-  const i64 q_upto_in_tile = upto.q;
-  upto = add(upto, tile_before);
-
   if (part == 0) {
     if (exists) {
       if (args.cache_seqlens != nullptr) args.cache_seqlens[idx] = cut(mine.kv, &status);
@@ -288,66 +296,129 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
     }
   }
 
-  const i64 row_begin = tile_before.q;  // of the tile; exact, T may pass int32
-  const i64 row_end = row_begin + tile_rows;
   const bool is_last = tile == args.num_tiles - 1;
-  const i64 total_len = args.total_len;
+  const Int total_len = args.total_len;
+  // Above every length that fits: no sum of it leaves 32 bits.
+  constexpr int kMaxTopk = sizeof(Int) == sizeof(int) ? 2 * kSmall : kInt32Max;
   if (is_last && part == 0 && thread == 0) {
     if (row_end > kInt32Max) meet(&status, kOutsideInt32);
     const bool may_be_less = (args.flags & kTotalIsCapacity) != 0;
     if (may_be_less ? row_end > total_len : row_end != total_len) meet(&status, kTotalMismatch);
   }
-  if ((args.flags & kHasRowOutputs) != 0) {
-    shared.ends[thread] = static_cast<u32>(min(q_upto_in_tile, kInt32Max));
-    shared.first[thread] = mine.kv - mine.q + 1;
-    shared.kv_before[thread] = upto.kv - mine.kv;
-    shared.clipped_before[thread] = upto.clipped - mine.clipped;
-    if (thread == kRequestsPerTile - 1) {
-      shared.first[kRequestsPerTile] = 0;
-      shared.clipped_before[kRequestsPerTile] = upto.clipped;
-    }
-    __syncthreads();
+  if ((args.flags & kHasRowOutputs) == 0) return status;
+  shared.ends[thread] = static_cast<u32>(min(upto.q - row_begin, static_cast<Int>(kInt32Max)));
+  shared.first[thread] = mine.kv - mine.q + 1;
+  shared.kv_before[thread] = upto.kv - mine.kv;
+  shared.clipped_before[thread] = upto.clipped - mine.clipped;
+  if (thread == kRequestsPerTile - 1) {
+    shared.first[kRequestsPerTile] = 0;
+    shared.clipped_before[kRequestsPerTile] = upto.clipped;
+  }
+  __syncthreads();
 
-    // Rows are counted from row_begin, so that they fit 32 bits: those from total_len on are dropped.
-    // The tile in which the rows end, at T or at total_len, goes on with the padding, if any.
-    const i64 rows = max(min(row_end, total_len) - row_begin, static_cast<i64>(0));
-    const bool ends_here = row_end <= total_len ? is_last : row_begin <= total_len && total_len < row_end;
-    const i64 padded = ends_here ? max(args.pad_to - row_begin, rows) : rows;
-    const i64 step = static_cast<i64>(args.row_parts) * kBlockThreads;
-    for (i64 at = part * kBlockThreads + thread; at < padded; at += step) {
-      const i64 row = row_begin + at;
-      // A padding row has length 0 and repeats the sum at which the rows end.
-      const bool is_padding = at >= rows;
-      const u32 key = static_cast<u32>(is_padding ? rows : at);
-      int entry;
-      if (args.uniform_q > 0) {
-        entry = static_cast<int>(key / static_cast<u32>(args.uniform_q));
-      } else {
-        entry = upper_bound(shared.ends, 0, count, key);
-      }
-      const i64 j = key - (entry > 0 ? shared.ends[entry - 1] : 0);
-      const i64 first = shared.first[entry];
-      const i64 expanded = is_padding ? 0 : max(first + j, static_cast<i64>(0));
-      if (args.dsa_cache_seqlens != nullptr) {
-        args.dsa_cache_seqlens[row] = static_cast<int>(min(expanded, static_cast<i64>(args.topk)));
-      }
-      if (args.dsa_cu_seqlens_k != nullptr) {
-        const i64 sum = shared.clipped_before[entry] + clipped_sum(first, is_padding ? j : j + 1, args.topk);
-        args.dsa_cu_seqlens_k[row + 1] = cut(sum, &status);
-      }
-      if (is_padding) continue;
-      if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = cut(expanded, &status);
-      if (args.token_to_batch_idx != nullptr) args.token_to_batch_idx[row] = idx_begin + entry;
-      const i64 ks = shared.kv_before[entry];
-      if (args.ks != nullptr) args.ks[row] = cut(ks, &status);
-      if (args.ke != nullptr) args.ke[row] = cut(ks + expanded, &status);
-      if (args.topk_indices_offset != nullptr) args.topk_indices_offset[row] = cut(ks, &status);
-      if (args.positions != nullptr) args.positions[row] = first - 1 + j;
-      if (args.paged_mqa_ctx_lens_2d != nullptr) {
-        args.paged_mqa_ctx_lens_2d[(idx_begin + entry) * args.mqa_stride + j] =
-            cut(first - 1 + args.uniform_q, &status);
-      }
+  // Rows are counted from row_begin, so that they fit 32 bits: those from total_len on are dropped.
+  // The tile in which the rows end, at T or at total_len, goes on with the padding, if any.
+  const Int rows = max(min(row_end, total_len) - row_begin, static_cast<Int>(0));
+  const bool ends_here = row_end <= total_len ? is_last : row_begin <= total_len && total_len < row_end;
+  const Int padded = ends_here ? max(args.pad_to - row_begin, rows) : rows;
+  const u32 step = static_cast<u32>(args.row_parts) * kBlockThreads;
+#pragma unroll 1
+  for (u32 at = static_cast<u32>(part) * kBlockThreads + thread; at < static_cast<u32>(padded); at += step) {
+    const i64 row = row_begin + static_cast<i64>(at);
+    // A padding row has length 0 and repeats the sum at which the rows end.
+    const bool is_padding = at >= static_cast<u32>(rows);
+    const u32 key = is_padding ? static_cast<u32>(rows) : at;
+    int entry;
+    if (args.uniform_q > 0) {
+      entry = static_cast<int>(key / static_cast<u32>(args.uniform_q));
+    } else {
+      entry = upper_bound(shared.ends, 0, count, key);
     }
+    const Int j = static_cast<Int>(key - (entry > 0 ? shared.ends[entry - 1] : 0));
+    const Int first = static_cast<Int>(shared.first[entry]);
+    const Int expanded = is_padding ? 0 : max(first + j, static_cast<Int>(0));
+    if (args.dsa_cache_seqlens != nullptr) {
+      args.dsa_cache_seqlens[row] = static_cast<int>(min(expanded, static_cast<Int>(args.topk)));
+    }
+    if (args.dsa_cu_seqlens_k != nullptr) {
+      const Int before = static_cast<Int>(shared.clipped_before[entry]);
+      const Int topk = min(args.topk, kMaxTopk);
+      args.dsa_cu_seqlens_k[row + 1] =
+          cut(before + clipped_sum(first, is_padding ? j : j + 1, topk), &status);
+    }
+    if (is_padding) continue;
+    if (args.seqlens_expanded != nullptr) args.seqlens_expanded[row] = cut(expanded, &status);
+    if (args.token_to_batch_idx != nullptr) args.token_to_batch_idx[row] = idx_begin + entry;
+    const Int ks = static_cast<Int>(shared.kv_before[entry]);
+    if (args.ks != nullptr) args.ks[row] = cut(ks, &status);
+    if (args.ke != nullptr) args.ke[row] = cut(ks + expanded, &status);
+    if (args.topk_indices_offset != nullptr) args.topk_indices_offset[row] = cut(ks, &status);
+    if (args.positions != nullptr) args.positions[row] = first - 1 + j;
+    if (args.paged_mqa_ctx_lens_2d != nullptr) {
+      args.paged_mqa_ctx_lens_2d[(idx_begin + entry) * args.mqa_stride + static_cast<i64>(j)] =
+          cut(first - 1 + args.uniform_q, &status);
+    }
+  }
+  return status;
+}
+
+__device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int part) {
+  __shared__ FusedTile shared;
+  const int thread = threadIdx.x;
+  const int warp = thread / kWarpThreads;
+  const int lane = thread % kWarpThreads;
+  const int idx = tile * kRequestsPerTile + thread;
+  int status = 0;
+
+  Sums mine = {0, 0, 0};
+  if (idx < args.bs) mine = request_sums(args, idx, &status);
+  const bool warp_is_small = !__any_sync(kFullWarp, !is_small(mine));
+  const Sums upto = warp_is_small ? converted<i64>(warp_scan(converted<int>(mine))) : warp_scan(mine);
+  if (lane == kWarpThreads - 1) {
+    shared.warp_totals[warp] = upto;
+    shared.warp_marks[warp] = warp_is_small ? 0 : kMarked;
+  }
+  if (tile > 0) {
+    Sums before = sums_before_tile(args, tile);
+#pragma unroll
+    for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+      before = add(before, {__shfl_xor_sync(kFullWarp, before.kv, distance),
+                            __shfl_xor_sync(kFullWarp, before.q, distance),
+                            __shfl_xor_sync(kFullWarp, before.clipped, distance)});
+    }
+    if (lane == 0) shared.warp_before[warp] = before;
+  }
+  __syncthreads();
+  Sums tile_before = {0, 0, 0};
+  if (tile > 0) {
+#pragma unroll 1
+    for (int w = 0; w < kBlockWarps; ++w) tile_before = add(tile_before, shared.warp_before[w]);
+  }
+  // Of lengths that are small, the sums may still be large: two good ones stay below 2^32.
+  SumsOf<u32> tile_total = {0, 0, 0}, before_warp = {0, 0, 0};
+  u32 marks = 0;
+#pragma unroll 2
+  for (int w = 0; w < kBlockWarps; ++w) {
+    if (w == warp) before_warp = tile_total;
+    tile_total = add(tile_total, converted<u32>(shared.warp_totals[w]));
+    marks |= tile_total.kv | tile_total.q | tile_total.clipped | shared.warp_marks[w];
+  }
+  const Sums tile_end = add(tile_before, converted<i64>(tile_total));
+  const i64 ends =
+      tile_before.kv | tile_before.q | tile_before.clipped | tile_end.kv | tile_end.q | tile_end.clipped;
+  if (marks < kMarked && static_cast<u64>(ends) <= kInt32Max) {
+    const SumsOf<int> before = add(converted<int>(tile_before), converted<int>(before_warp));
+    status = write_tile(args, shared, tile, part, converted<int>(mine), add(converted<int>(upto), before),
+                        static_cast<int>(tile_before.q), static_cast<int>(tile_end.q), status);
+  } else {
+    Sums before = tile_before;
+    i64 row_end = tile_before.q;
+#pragma unroll 1
+    for (int w = 0; w < kBlockWarps; ++w) {
+      if (w < warp) before = add(before, shared.warp_totals[w]);
+      row_end += shared.warp_totals[w].q;
+    }
+    status = write_tile(args, shared, tile, part, mine, add(upto, before), tile_before.q, row_end, status);
   }
   if (status != 0) atomicMax(args.status, status);
 }
@@ -357,16 +428,7 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
 constexpr int kDirectLengthBits = 26;                         // a KV length
 constexpr int kDirectQueryBits = 4;                           // query tokens of a request
 constexpr int kDirectMaxTopk = 1 << (kDirectLengthBits + 1);  // cuts no length
-static_assert((1ll << kDirectQueryBits) * kDirectMaxTopk <= 1ll << 31, "direct_clipped_sum fits 32 bits");
-
-// clipped_sum for first in (-2^4, 2^26 + 2^4], count < 2^4, topk <= kDirectMaxTopk.
-__device__ __forceinline__ u32 direct_clipped_sum(int first, int count, int topk) {
-  const int rise_begin = min(max(-first, 0), count);
-  const int rise_end = min(max(topk - first, rise_begin), count);
-  const u32 ends = static_cast<u32>(2 * first + rise_begin + rise_end - 1);  // 0 <= of a rise < 2^28
-  const u32 rise = static_cast<u32>(rise_end - rise_begin) * ends / 2;
-  return rise + static_cast<u32>(count - rise_end) * static_cast<u32>(topk);
-}
+static_assert((1ll << kDirectQueryBits) * kDirectMaxTopk <= 1ll << 31, "clipped_sum fits 32 bits");
 
 struct DirectShared {
   u32 kv[kBlockWarps];  // sums of a warp
@@ -435,7 +497,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   int kv = idx < bs ? (seq.low & ((1 << kDirectLengthBits) - 1)) + args.kv_add : 0;
   int q = extend.low & ((1 << kDirectQueryBits) - 1);
   const int topk = min(args.topk, kDirectMaxTopk);
-  const u32 clipped = direct_clipped_sum(kv - q + 1, q, topk);
+  const u32 clipped = static_cast<u32>(clipped_sum(kv - q + 1, q, topk));
   // With that many bits, the sums of a warp stay below 2^31.
   u32 unusual = seq.high | (static_cast<u32>(seq.low) | static_cast<u32>(kv) | clipped) >> kDirectLengthBits |
                 extend.high | static_cast<u32>(extend.low) >> kDirectQueryBits;
@@ -506,7 +568,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
   }
   // The sum up to the first of the rows, made while the other sums are.
   const int first = kv - q + 1;
-  u32 row_sum = made_here(direct_clipped_sum(first, first_row + 1, topk));
+  u32 row_sum = made_here(static_cast<u32>(clipped_sum(first, first_row + 1, topk)));
   if constexpr (!kUniform) {
     is_unusual = is_unusual || total - least_total > total_len - least_total;
   }
@@ -537,7 +599,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
       args.paged_mqa_ctx_lens_2d[writes * args.mqa_stride + j] = kv;
     }
     j += row_step;
-    if (j < q) row_sum = direct_clipped_sum(first, j + 1, topk);
+    if (j < q) row_sum = static_cast<u32>(clipped_sum(first, j + 1, topk));
   }
 }
 
