@@ -50,7 +50,7 @@ PROVIDERS = (  # benchmarks/providers.py and fused_providers.py, which import to
     *("cuda-plan", "cuda", "cuda-fresh", "cuda-uncached", "cuda-total-tokens", "cuda-async"),
     *("triton", "python", "torch", "torch-compile", "aot-extension", "sglang"),
     *("seed-triton", "seed-cuda", "loop", "copy", "fill", "empty-node", "floor"),
-    *("cuda-views", "bare-graph", "bare-launch"),
+    *("cuda-views", "cuda-plan-device", "bare-graph", "bare-launch"),
 )
 PATH_OPTIONS = ("--trace", "--json", "--plot")
 

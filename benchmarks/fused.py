@@ -304,7 +304,7 @@ class FusedCase:
         self._current = (self._current + 1) % len(self._batches)
         batch = self.batch
         self.seq.copy_(batch.seq)
-        if self._has_extend:
+        if self.has_extend:
             self.extend.copy_(batch.extend)
         if self.tables is not None:
             self.pool.copy_(batch.pool)
@@ -323,13 +323,13 @@ class FusedCase:
     # -- calls
 
     @property
-    def _has_extend(self) -> bool:
+    def has_extend(self) -> bool:
         return self.op in ("draft_extend_fused", "extend")
 
     def _arguments(self, outputs: Outputs) -> dict[str, Any]:
         """Of the function and of its plan; without the numbers that name a batch."""
         arguments: dict[str, Any] = {"seq_lens": self.seq, "dsa_index_topk": self.topk}
-        if self._has_extend:
+        if self.has_extend:
             arguments["extend_seq_lens"] = self.extend
         arguments |= outputs.views
         if self.tables is not None:
@@ -374,7 +374,7 @@ class FusedCase:
     def _call(
         self, function: Callable[..., object], arguments: dict[str, Any]
     ) -> Callable[[int], object]:
-        if self._has_extend:
+        if self.has_extend:
             return lambda total: function(total_len=total, **arguments)
         return lambda total: function(**arguments)
 
@@ -386,10 +386,10 @@ class FusedCase:
             arguments["max_bs"] = self.shape.bs
         return make(**arguments)
 
-    def plan(self, make: Callable[..., Any]) -> Callable[[int], object]:
-        """The launch of a plan of the case."""
+    def plan(self, make: Callable[..., Any], tells_total: bool = True) -> Callable[[int], object]:
+        """The launch of a plan of the case, which is told T or leaves it to the device."""
         launch, bs = self.make_plan(make).launch, self.shape.bs
-        if self._has_extend:
+        if self.has_extend and tells_total:
             return lambda total: launch(bs, total)
         return lambda total: launch(bs)
 
@@ -410,7 +410,7 @@ class FusedCase:
         if type(total) is not int or total != self.total:
             return f"returned total: expected {self.total}, got {total!r}"
         inputs = {"seq_lens": (self.seq, self.batch.seq)}
-        if self._has_extend:
+        if self.has_extend:
             inputs["extend_seq_lens"] = (self.extend, self.batch.extend)
         if self.tables is not None:
             inputs["req_pool_indices"] = (self.pool, self.batch.pool)

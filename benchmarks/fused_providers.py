@@ -1,7 +1,8 @@
 """Providers of the fused family: ours, SGLang's, and what builds EXTEND metadata today.
 
 ours         cuda (the eager function), cuda-views (the same, on new tensors of the same memory),
-             cuda-plan (``plan.launch``)
+             cuda-plan (``plan.launch``), cuda-plan-device (the same where rows vary, not told how
+             many there are, so that one captured launch serves every batch)
 replaced     sglang: its Triton kernels of decode, target-verify and draft-extend;
              loop: EXTEND as SGLang builds it, request by request; torch: the same, vectorised
 bound        copy: torch copies as many bytes as the tables need; bare-graph: CuPy's call that
@@ -47,6 +48,11 @@ def load_cuda_views(device: torch.device) -> Binder:
 def load_cuda_plan(device: torch.device) -> Binder:
     providers.needs_cuda_backend(device)
     return lambda case: _bound(case, case.plan(plan_maker(case.op)))
+
+
+def load_cuda_plan_device(device: torch.device) -> Binder:
+    providers.needs_cuda_backend(device)
+    return lambda case: _bound(case, case.plan(plan_maker(case.op), tells_total=False))
 
 
 def load_bare_graph(device: torch.device) -> Binder:
@@ -249,6 +255,7 @@ PROVIDERS: dict[str, Loader] = {
     "cuda": load_cuda,
     "cuda-views": load_cuda_views,
     "cuda-plan": load_cuda_plan,
+    "cuda-plan-device": load_cuda_plan_device,
     "bare-graph": load_bare_graph,
     "loop": load_loop,
     "torch": load_torch,

@@ -52,6 +52,7 @@ FUSED_ENQUEUE = (32, 4096)
 EXTEND_LABELS = {
     "cuda": "`fused_dsa_extend_metadata`",
     "cuda-plan": "its plan",
+    "cuda-plan-device": "its plan, T from the device",
     "torch": "torch operators, vectorised",
     "loop": "loop over the requests, as in SGLang 0.5.23",
 }

@@ -88,6 +88,8 @@ def fused_rows() -> list[dict[str, Any]]:
             add(provider, "gpu_us", ours)
             add(provider, "host_us", us)
         add("cuda-views", "host_us", 6.0)
+        if op == "draft_extend_fused":
+            add("cuda-plan-device", "host_us", 1.9)
         add("bare-graph", "host_us", 1.8)
         if page_table_1 and moved >= 1 << 27:
             for provider, factor in (("cuda", 0.95), ("copy", 1.0)):

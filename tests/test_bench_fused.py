@@ -337,7 +337,8 @@ def any_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["cuda", "cuda-views", "cuda-plan", "bare-graph", "sglang", "copy"]
+    "name",
+    ["cuda", "cuda-views", "cuda-plan", "cuda-plan-device", "bare-graph", "sglang", "copy"],
 )
 def test_without_a_gpu_a_provider_says_why(name, tmp_path, monkeypatch):
     monkeypatch.setenv(upstream.SOURCE_VARIABLE, str(write_sglang(tmp_path)))
@@ -482,6 +483,8 @@ def test_on_a_gpu_our_providers_are_right_and_captured(op):
     cupy_nsa_meta.last_status(device)
     session = Session(device, 64, effort=Effort(1, 5, 4, 20.0, 4))
     names = suite.EXTEND_PROVIDERS if op == "extend" else ("cuda", "cuda-plan", "copy")
+    if op == "draft_extend_fused":
+        names += ("cuda-plan-device",)
     names = (*names, "cuda-views", "bare-graph")
     case = FusedCase(shape, 64, device, tables)
     measured = session.contest("fused", case, names, loaders=fused_providers.PROVIDERS)
@@ -519,6 +522,7 @@ def test_every_case_and_provider_has_its_rows(tmp_path, monkeypatch, any_device)
         for r in results.rows
     }  # fmt: skip
     on_cpu = [name for name in suite.PROVIDERS if name != "bare-graph"]
+    where_rows_vary = [*on_cpu, "cuda-plan-device"]
     assert {name for _, name, _ in results.left_out} == {"bare-graph"}
     expected = {
         (op, width, bs, page_table_1, kv, provider, metric)
@@ -527,7 +531,7 @@ def test_every_case_and_provider_has_its_rows(tmp_path, monkeypatch, any_device)
         for bs in (3,)
         for page_table_1 in (False, True)
         for kv in fused.KV
-        for provider in on_cpu
+        for provider in (where_rows_vary if op == "draft_extend_fused" else on_cpu)
         for metric in ("host_us", "gpu_us")
     }
     expected |= {
@@ -636,7 +640,9 @@ def test_the_suite_on_the_cpu(tmp_path, capsys, monkeypatch):
         ("extend", "loop", "end_to_end_us"),
         ("extend", "torch", "end_to_end_us"),
     }
-    assert set(document["absent"]) == {"sglang", "cuda", "cuda-views", "cuda-plan", "bare-graph"}
+    assert set(document["absent"]) == {
+        *("sglang", "cuda", "cuda-views", "cuda-plan", "cuda-plan-device", "bare-graph")
+    }
     assert "fused, extend: end-to-end, us" in capsys.readouterr().out
 
 
@@ -657,7 +663,7 @@ def outcomes(document: dict) -> dict[str, targets.Outcome]:
 
 def test_every_target_of_the_fused_family_is_met():
     found = outcomes(stored())
-    assert len(found) == 16
+    assert len(found) == 18
     assert [what for what, o in found.items() if o.met is not True] == []
 
 
@@ -670,8 +676,10 @@ MISSED = {
     "draft_extend_fused bs 256 W 4096, no page_table_1: GPU, us": (3, {"op": "draft_extend_fused", "bs": 256, "width": 4096, "page_table_1": False, "kv": "1024", "provider": "cuda"}),
     "decode bs 1024 W 8192, no page_table_1: GPU, us": (2, {"op": "decode", "width": 8192, "kv": "half", "provider": "cuda"}),
     "bandwidth / torch copy of the same bytes, large tables": (0.85, {"provider": "cuda", "metric": "gb_per_s", "bs": 1024, "width": 32768, "op": "target_verify"}),
-    "plan enqueue / floor-graph enqueue, every case": (1.2, {"provider": "cuda-plan", "metric": "host_us", "op": "decode", "bs": 64, "width": 4096}),
-    "plan enqueue / floor-graph enqueue, geometric mean": (1.2, {"provider": "cuda-plan", "metric": "host_us"}),
+    "plan enqueue, told T / floor-graph enqueue, every case": (1.2, {"provider": "cuda-plan", "metric": "host_us", "op": "draft_extend_fused", "bs": 64, "width": 4096}),
+    "plan enqueue, told T / floor-graph enqueue, geometric mean": (1.2, {"provider": "cuda-plan", "metric": "host_us"}),
+    "plan enqueue, T from the device / floor-graph enqueue, every case": (1.2, {"provider": "cuda-plan", "metric": "host_us", "op": "decode", "bs": 64, "width": 4096}),
+    "plan enqueue, T from the device / floor-graph enqueue, geometric mean": (3, {"provider": "cuda-plan-device", "metric": "host_us"}),
     "EXTEND, loop / ours, bs 1": (0.5, {"provider": "loop", "bs": 1}),
     "EXTEND, loop / ours, bs 16": (0.5, {"provider": "loop", "bs": 16}),
     "EXTEND, loop / ours, bs 64": (0.5, {"provider": "loop", "bs": 64}),

@@ -1029,7 +1029,10 @@ def test_a_target_missed_by_one_row(what, factor, wanted):
 
 def test_the_floor_is_that_of_the_suite():
     document = stored_with_fused()
-    plan, fused_plan = "plan.launch() /", "fused: plan enqueue / floor-graph enqueue, every case"
+    plan, fused_plan = (
+        "plan.launch() /",
+        "fused: plan enqueue, told T / floor-graph enqueue, every case",
+    )
     before = {what: outcome(document, what).measured for what in (plan, fused_plan)}
     for row in document["rows"]:
         if (row["provider"], row["metric"]) == ("floor-graph", "host_us"):

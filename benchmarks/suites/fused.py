@@ -22,7 +22,8 @@ QUICK_BATCH_SIZES = (32, 256)
 QUICK_WIDTHS = (4096,)
 QUICK_EXTEND_BATCH_SIZES = (16,)
 PROVIDERS = ("sglang", "cuda", "cuda-views", "cuda-plan", "bare-graph")
-EXTEND_PROVIDERS = ("loop", "torch", "cuda", "cuda-plan")
+ROWS_VARY_PROVIDERS = (*PROVIDERS, "cuda-plan-device")
+EXTEND_PROVIDERS = ("loop", "torch", "cuda", "cuda-plan", "cuda-plan-device")
 #: From here on the bytes are several times the L2 cache, and time is that of the memory.
 LARGE_BYTES = 1 << 27
 
@@ -49,7 +50,7 @@ def run(session: Session) -> None:
     batch_sizes = QUICK_EXTEND_BATCH_SIZES if session.quick else EXTEND_BATCH_SIZES
     chosen = shapes(session.quick, session.seed) if session.timing.is_gpu else []
     if not chosen:
-        for name in PROVIDERS:
+        for name in ROWS_VARY_PROVIDERS:
             session.results.leave_out(NAME, name, "it takes CUDA tensors")
     with session.progress(len(chosen) + len(batch_sizes), "fused family") as tick:
         for bs in batch_sizes:
@@ -110,7 +111,9 @@ def _of_one_width(session: Session, chosen: list[Shape], effort: Effort) -> Iter
 
 def _with_tables(session: Session, case: FusedCase, effort: Effort) -> None:
     is_large = case.shape.page_table_1 and case.moved_bytes >= LARGE_BYTES
-    names = (*PROVIDERS, "copy") if is_large else PROVIDERS
+    names = ROWS_VARY_PROVIDERS if case.has_extend else PROVIDERS
+    if is_large:
+        names = (*names, "copy")
     contest = session.contest(NAME, case, names, effort=effort, loaders=fused_providers.PROVIDERS)
     contest.host()
     case.keep_total()
