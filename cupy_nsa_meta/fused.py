@@ -745,8 +745,7 @@ def fused_dsa_draft_extend_metadata(
             raise ValueError(
                 f"total_len: expected <= {max_total_len} (max_total_len), got {total_len}"
             )
-    if static_extend_len is not True and static_extend_len is not False:
-        _check.boolean("static_extend_len", static_extend_len)
+    _check.boolean("static_extend_len", static_extend_len)
     outputs = FusedOutputs(
         cache_seqlens=cache_seqlens,
         cu_seqlens_k=cu_seqlens_k,
