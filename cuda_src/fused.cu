@@ -26,9 +26,9 @@
 // Plan: inside a request the clipped lengths are an arithmetic series cut at both ends, so their
 // running sum is a closed form in j, and only the requests need a prefix sum. The first blocks write
 // the 1-D arrays: a tile of kBlockThreads requests each, whose rows are dealt out over `row_parts`
-// blocks, each of which adds up what lies before its tile by itself. The other blocks write one table
-// of one request each, with no sum at all where rows are uniform. Above kOneLaunchMaxBs requests
-// fused_tiles adds up the tiles in a launch before.
+// blocks, each of which adds up what lies before its tile by itself, in 32 bits where lengths and sums
+// are small. The other blocks write one table of one request each, with no sum at all where rows are
+// uniform. Above kOneLaunchMaxBs requests fused_tiles adds up the tiles in a launch before.
 //
 // fused_direct is the same for the batches of a speculative step, and fused_direct_uniform for those of
 // decode and target-verify: up to kRequestsPerTile requests of few query tokens (the host decides), a
@@ -362,6 +362,9 @@ __device__ __forceinline__ int write_tile(const FusedArgs& args, FusedTile& shar
   return status;
 }
 
+// kMayBeSmall: with the way for small lengths. fused_direct comes here with others alone, and code that it
+// does not run would change how the rest of it is laid out.
+template <bool kMayBeSmall>
 __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int part) {
   __shared__ FusedTile shared;
   const int thread = threadIdx.x;
@@ -372,7 +375,7 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
 
   Sums mine = {0, 0, 0};
   if (idx < args.bs) mine = request_sums(args, idx, &status);
-  const bool warp_is_small = !__any_sync(kFullWarp, !is_small(mine));
+  const bool warp_is_small = kMayBeSmall && !__any_sync(kFullWarp, !is_small(mine));
   const Sums upto = warp_is_small ? converted<i64>(warp_scan(converted<int>(mine))) : warp_scan(mine);
   if (lane == kWarpThreads - 1) {
     shared.warp_totals[warp] = upto;
@@ -406,7 +409,7 @@ __device__ __forceinline__ void row_block(const FusedArgs& args, int tile, int p
   const Sums tile_end = add(tile_before, converted<i64>(tile_total));
   const i64 ends =
       tile_before.kv | tile_before.q | tile_before.clipped | tile_end.kv | tile_end.q | tile_end.clipped;
-  if (marks < kMarked && static_cast<u64>(ends) <= kInt32Max) {
+  if (kMayBeSmall && marks < kMarked && static_cast<u64>(ends) <= kInt32Max) {
     const SumsOf<int> before = add(converted<int>(tile_before), converted<int>(before_warp));
     status = write_tile(args, shared, tile, part, converted<int>(mine), add(converted<int>(upto), before),
                         static_cast<int>(tile_before.q), static_cast<int>(tile_end.q), status);
@@ -573,7 +576,7 @@ __device__ __forceinline__ void direct_row_block(const FusedArgs& args) {
     is_unusual = is_unusual || total - least_total > total_len - least_total;
   }
   if (unlikely(__any_sync(kFullWarp, is_unusual))) {  // the same in all threads
-    row_block(args, 0, 0);
+    row_block<false>(args, 0, 0);
     return;
   }
 
@@ -993,7 +996,7 @@ extern "C" __global__ void __launch_bounds__(nsa::kBlockThreads, nsa::kFusedBloc
   const int row_blocks = args.num_tiles * args.row_parts;
   if (block < row_blocks) {
     const int tile = args.num_tiles == 1 ? 0 : block / args.row_parts;  // most batches: no division
-    nsa::row_block(args, tile, block - tile * args.row_parts);
+    nsa::row_block<true>(args, tile, block - tile * args.row_parts);
   } else {
     const int table = block - row_blocks;
     const int blocks = args.page_1_blocks + args.real_page_blocks + args.flattened_blocks;
