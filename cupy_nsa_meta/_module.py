@@ -43,7 +43,7 @@ BLOCK_THREADS = 256  # kBlockThreads of common.cuh: threads of a block
 #: Threads of the blocks of other kernels.
 LARGER_BLOCKS = {"draft_extend_large": 512}  # kLargeThreads of draft_extend.cu
 #: Files whose kernels are compiled as several programs, side by side: the first call waits for the
-#: slowest one only. Two, as ``draft_extend_large`` alone takes as long as the rest on some cores,
+#: slowest one only. Two, as ``draft_extend_large`` alone takes half as long as the rest together,
 #: and each program costs 40 ms of a core. ``NSA_IN_PROGRAM`` in the file draws the same lines.
 PROGRAMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "draft_extend": (
