@@ -132,10 +132,10 @@ class KnownCalls(Generic[Value]):
 
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
-        self.size = 0  # memories for which something is kept
         self._of_objects: dict[tuple[int, ...], _Known[Value]] = {}  # by ids
         self._alive: dict[tuple[int, ...], list[weakref.ref[torch.Tensor]]] = {}
-        self._of_memory: dict[Memory, _Known[Value]] = {}
+        #: Everything that is kept; its size is for whoever bounds the values.
+        self.of_memory: dict[Memory, _Known[Value]] = {}
         self._picks: dict[tuple[int, ...], _Pick] = {}
         self._met: dict[int, int] = {}
 
@@ -159,7 +159,7 @@ class KnownCalls(Generic[Value]):
             memory = pattern, tensors[0].numel(), tuple(map(data_ptr, present))
         except Exception:  # what DLPack shares, and what is no tensor: the check says what
             return None, None
-        known = self._of_memory.get(memory)
+        known = self.of_memory.get(memory)
         if known is None or any(map(_is_nested, present)) or not known.guard(*present):
             return None, memory
         if self.is_due(ids):
@@ -183,15 +183,13 @@ class KnownCalls(Generic[Value]):
         is_alike = guard(present)
         if is_alike is None:
             return
-        if len(self._of_memory) >= self.max_size:
+        if len(self.of_memory) >= self.max_size:
             self.clear()
-        self._of_memory[memory] = known = _Known(pick, is_alike, addresses, value)
-        self.size = len(self._of_memory)
+        self.of_memory[memory] = known = _Known(pick, is_alike, addresses, value)
         self._keep_objects(tuple(map(id, tensors)), known, present)
 
     def clear(self) -> None:
-        self.size = 0
-        for kept in (self._of_objects, self._alive, self._of_memory, self._picks, self._met):
+        for kept in (self._of_objects, self._alive, self.of_memory, self._picks, self._met):
             kept.clear()
 
     def _pick(self, pattern: tuple[int, ...]) -> _Pick:

@@ -81,7 +81,7 @@ class _KnownCall:
     def keep(self, scalars: tuple[Any, ...], packed: PackedLaunch | None) -> None:
         kept = self.packed
         size = len(kept)
-        if size >= MIN_PACKED and size * (self.calls.size or 1) >= MAX_PACKED:
+        if size >= MIN_PACKED and size * (len(self.calls.of_memory) or 1) >= MAX_PACKED:
             kept.clear()
         kept[scalars] = packed
 

@@ -621,7 +621,7 @@ def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_d
         assert known == new
         kinds.add(type(new))
     assert kinds == {str, tuple}
-    assert getattr(fused, FUSED_OPS[op]).known._of_memory
+    assert getattr(fused, FUSED_OPS[op]).known.of_memory
 
 
 def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):
@@ -907,7 +907,7 @@ def test_packed_launches_of_all_known_calls_are_bounded(fake_device, monkeypatch
             FUNCTIONS["extend"](
                 seq, extend, total_len=total_len, dsa_index_topk=9, ks=memory[place : place + 50]
             )
-    known = fused._EXTEND.known._of_memory.values()
+    known = fused._EXTEND.known.of_memory.values()
     assert len(known) == 30
     kept = [len(one.value.packed) for one in known]
     assert sum(kept) <= 60 + sum(max(60 // n, 2) for n in range(1, 31))
@@ -948,7 +948,7 @@ def test_numbers_of_a_launch_that_is_refused_are_not_kept(fake_device, monkeypat
     built = Built(BY_NAME["decode_basic_ps64"])
     for _ in range(3):
         built.run()
-    (known,) = fused._DECODE.known._of_memory.values()
+    (known,) = fused._DECODE.known.of_memory.values()
 
     def refused(*_: object) -> None:
         raise FakeDriverError(2)
@@ -1007,6 +1007,6 @@ def test_few_calls_are_remembered(fake_device, monkeypatch):
     built = Built(BY_NAME["decode_basic_ps64"])
     for width in (*range(20), *range(20)):
         FUNCTIONS["decode"](**built.arguments | {"max_len": width})
-    (known,) = fused._DECODE.known._of_memory.values()
+    (known,) = fused._DECODE.known.of_memory.values()
     assert 1 <= len(known.value.packed) <= 3
     assert len(fake_device.launched) == 40

@@ -883,7 +883,7 @@ def test_known_calls_are_bounded():
         keep(calls, str(number), *tensors)
         for _ in range(9):
             assert find(calls, a, a[number:]) == str(number)
-        for kept in (calls._of_memory, calls._of_objects, calls._met):
+        for kept in (calls.of_memory, calls._of_objects, calls._met):
             assert 1 <= len(kept) <= 3
         assert calls._of_objects.keys() == calls._alive.keys()
     alive = [(a[:], a[:]) for _ in range(9)]
