@@ -900,15 +900,21 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
   if (!is_page_1) block -= args.page_1_blocks;
   const int shift = is_page_1 ? 0 : args.page_shift;
   const u32 per_thread = static_cast<u32>(args.table_items);
-  const u32 block_first = static_cast<u32>(block) * per_thread * kBlockThreads;
-  const u32 step =
-      static_cast<u32>(is_page_1 ? args.page_1_blocks : args.real_page_blocks) * per_thread * kBlockThreads;
+  const u32 blocks = static_cast<u32>(is_page_1 ? args.page_1_blocks : args.real_page_blocks);
+  const u32 step = blocks * per_thread * kBlockThreads;
+  // With one item for each thread, warp w of block b takes chunk w * blocks + b of kWarpThreads items: few
+  // tokens, of many rows, are stored by many multiprocessors, each of which writes 64 bytes per cycle.
+  const bool by_warps = per_thread == 1;
+  const u32 block_first = static_cast<u32>(block) * (by_warps ? kWarpThreads : per_thread * kBlockThreads);
+  const u32 item_of_block =
+      by_warps ? (threadIdx.x / kWarpThreads) * blocks * kWarpThreads + threadIdx.x % kWarpThreads
+               : threadIdx.x;
   const bool has_vectors = shift == 0 && (args.flags & kHasVectors) != 0;
   // Items are vectors or tokens; below 2^30 + 2^20 columns.
   const int columns_log2 = has_vectors ? 2 : shift;
   static_assert(kVectorColumns == 1 << 2, "columns of a vector");
   const int width = args.width;
-  const u32 item = block_first + static_cast<u32>(thread);
+  const u32 item = block_first + item_of_block;
   int column = static_cast<int>(item << columns_log2);
   const int columns =
       static_cast<int>(made_here(static_cast<u32>(width - column)));  // of the table, from there on

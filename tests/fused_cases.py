@@ -364,6 +364,15 @@ CASES: list[FusedCase] = [
          width=304, token_width=304, table_gap=4),
     case("verify", "aligned", "16-byte copies, each row 3 times", [70, 301, 5, 1100], width=1024,
          next_n=3, token_width=1024, table_gap=0, page_size=4),
+    *(
+        case(op, name, reason, [2500, 129, 4000, 384, 1, 128], extend, next_n=next_n, width=2500,
+             token_width=2500, table_gap=gap)
+        for op, extend, next_n in (
+            ("decode", (), 1), ("verify", (), 3), ("draft_extend", (5, 1, 0, 3, 2, 8), 1))
+        for name, gap, reason in (
+            ("wide", 0, "chunks of a row by warps of several blocks in turn"),
+            ("wide_unaligned", 1, "the same token by token"))
+    ),
     case("decode", "aligned_ps2", "two pages in 16 bytes", [70, 301], width=304, token_width=304,
          table_gap=4, page_size=2),
     case("verify", "rows_unaligned", "the first row is aligned, the second is not", [301, 77], width=304,

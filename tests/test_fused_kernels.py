@@ -223,6 +223,10 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, old, new, report):
                      id="direct_request_outside_the_pool_not_reported"),
         pytest.param("draft_extend_tables_bs_40", "other < request ? query", "other <= request ? query",
                      id="direct_rows_shifted_by_a_request"),
+        pytest.param("verify_wide", "(threadIdx.x / kWarpThreads) * blocks * kWarpThreads", "(threadIdx.x / kWarpThreads) * kWarpThreads",
+                     id="chunks_of_a_row_left_out"),
+        pytest.param("draft_extend_wide_unaligned", "(by_warps ? kWarpThreads : per", "(by_warps ? 2 * kWarpThreads : per",
+                     id="block_gone_before_its_first_chunk"),
         pytest.param("extend_empty", "      if (args.cu_seqlens_q != nullptr) args.cu_seqlens_q[0] = 0;\n", "",
                      id="first_element_forgotten"),
     ],
@@ -231,3 +235,4 @@ def test_cases_catch_planted_mistakes(case, old, new):
     executable = cpu_kernels.build("plain", Patch("fused.cu", old, new))
     with pytest.raises(AssertionError, match=case):
         run_cases(executable, [BY_NAME[case]])
+        run_cases(executable, [BY_NAME[case]], num_sms=132)
