@@ -21,6 +21,12 @@ def run_cases(executable, cases, tiled=False, num_sms=None):
         cpu_kernels.check_fused(item, buffers)
 
 
+def run_cut_up_both_ways(executable, case):
+    """With several items of a row for a thread, and with one."""
+    for num_sms in (None, 132):
+        run_cases(executable, [case], num_sms=num_sms)
+
+
 def random_batches(seed):
     return [
         item for op in FUNCTIONS for item in random_cases(op, 12, seed, max_bs=12, max_width=400)
@@ -234,5 +240,4 @@ def test_sanitizers_catch_planted_faults(sanitizer, case, old, new, report):
 def test_cases_catch_planted_mistakes(case, old, new):
     executable = cpu_kernels.build("plain", Patch("fused.cu", old, new))
     with pytest.raises(AssertionError, match=case):
-        run_cases(executable, [BY_NAME[case]])
-        run_cases(executable, [BY_NAME[case]], num_sms=132)
+        run_cut_up_both_ways(executable, BY_NAME[case])
