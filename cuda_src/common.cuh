@@ -69,6 +69,9 @@ struct Length {
   __device__ __forceinline__ i64 value() const {
     return static_cast<i64>(static_cast<u64>(static_cast<u32>(high)) << 32 | static_cast<u32>(low));
   }
+
+  // Not 0: the length is outside int32.
+  __device__ __forceinline__ u32 outside_int32() const { return high ^ low >> 31; }
 };
 
 __device__ __forceinline__ bool fits_int32(i64 v) { return v >= kInt32Min && v <= kInt32Max; }
@@ -146,8 +149,8 @@ struct LengthQuad {
 
   // Not 0: an int64 length is outside int32. 0 where none was loaded.
   __device__ __forceinline__ u32 outside_int32() const {
-    return (first.y ^ first.x >> 31) | (first.w ^ first.z >> 31) | (second.y ^ second.x >> 31) |
-           (second.w ^ second.z >> 31);
+    return Length{first.x, first.y}.outside_int32() | Length{first.z, first.w}.outside_int32() |
+           Length{second.x, second.y}.outside_int32() | Length{second.z, second.w}.outside_int32();
   }
 
   __device__ __forceinline__ void decode(bool is_int64, Length (&out)[4]) const {
@@ -183,7 +186,7 @@ struct Marks {
 
   // An extend length must be in [0, 2^31), a KV length in int32.
   __device__ __forceinline__ void check(Length extend, Length seq) {
-    bad |= extend.high | extend.low >> 31 | (seq.high ^ seq.low >> 31);
+    bad |= extend.high | extend.low >> 31 | seq.outside_int32();
     signs |= extend.high;
   }
   __device__ __forceinline__ void check_sums(u32 all_sums) { bad |= all_sums >> 31; }

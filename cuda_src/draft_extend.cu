@@ -526,7 +526,7 @@ __device__ __forceinline__ Marks load_groups(const DraftExtendArgs& args, LargeP
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       highs |= extends[k].high;
-      words.seqs |= seqs[k].high ^ seqs[k].low >> 31;
+      words.seqs |= seqs[k].outside_int32();
     }
     shared.ends[group] = words.add({extends[0].low, extends[1].low, extends[2].low, extends[3].low}, highs);
   }

@@ -942,7 +942,7 @@ __device__ __forceinline__ void direct_table_block(const FusedArgs& args) {
     return;
   }
   constexpr int kFar = 1 << 30;
-  const int seq_cut = seq.high == seq.low >> 31 ? seq.low : seq.high < 0 ? -kFar : kFar;
+  const int seq_cut = seq.outside_int32() == 0 ? seq.low : seq.high < 0 ? -kFar : kFar;
   const int kv = min(max(min(seq_cut, width) + args.kv_add, 0), width);
   if (static_cast<int>(block_first << columns_log2) >= kv) return;  // behind the live prefix
 

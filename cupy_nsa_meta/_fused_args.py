@@ -107,7 +107,7 @@ def table_units(call: FusedCall) -> TableUnits:
 
 def direct_kernel(call: FusedCall) -> str | None:
     """The kernel for few requests that knows the tensors of a call, those of decode and speculative
-    steps; None where there is none."""
+    steps of a few query tokens each; None where there is none."""
     out = call.outputs
     if (
         out.cache_seqlens is None
@@ -117,6 +117,7 @@ def direct_kernel(call: FusedCall) -> str | None:
         or out.page_table_1_flattened is not None
         or not _are_none(out[2:4])  # cu_seqlens_q, extend_start_loc
         or not _are_none(out[7:12])  # token_to_batch_idx .. positions
+        or (call.max_extend_len if call.uniform_q < 0 else call.uniform_q) > DIRECT_MAX_EXTEND_LEN
         or max(_steps(call)) > INT32_MAX
         or call.width >= DIRECT_MAX_WIDTH
         or (call.req_to_token is not None and call.req_to_token.size(0) > INT32_MAX)
@@ -140,15 +141,6 @@ def _steps(call: FusedCall) -> tuple[int, int, int]:
 def _are_none(tensors: Iterable[torch.Tensor | None]) -> bool:
     """By identity: a tensor takes several microseconds to say that it does not equal None."""
     return all(tensor is None for tensor in tensors)
-
-
-def is_small(bs: int, uniform_q: int, max_extend_len: int, pad_to: int) -> bool:
-    """Whether numbers are those of a ``direct_kernel``: few requests, few rows each."""
-    return (
-        bs <= REQUESTS_PER_TILE
-        and (max_extend_len if uniform_q < 0 else uniform_q) <= DIRECT_MAX_EXTEND_LEN
-        and pad_to == 0
-    )
 
 
 def num_tiles(bs: int) -> int:
@@ -289,16 +281,15 @@ class Numbers(NamedTuple):
     bs: int
     total_len: int
     pad_to: int
-    uniform_q: int
     total_is_capacity: bool = False
 
 
 #: ``Numbers``, or the same without names, which take longer to give than to use.
-PlainNumbers = tuple[int, int, int, int, bool]
+PlainNumbers = tuple[int, int, int, bool]
 
 
 def numbers_of(call: FusedCall) -> Numbers:
-    return Numbers(call.bs, call.total_len, call.pad_to, call.uniform_q, call.total_is_capacity)
+    return Numbers(call.bs, call.total_len, call.pad_to, call.total_is_capacity)
 
 
 class Template:
@@ -311,7 +302,7 @@ class Template:
         self._num_sms = num_sms
         self._units = table_units(call)
         self._direct = direct_kernel(call)
-        self._max_extend_len = call.max_extend_len
+        self._uniform_q = call.uniform_q
         self._flags = _constant_flags(call)
         self._base = _pack_constants(call, status)
         #: By what the grid depends on, rows in tiles: the arguments without total_len and pad_to,
@@ -320,10 +311,10 @@ class Template:
 
     def fill(self, buffer: bytearray, numbers: PlainNumbers, tile_sums: int = 0) -> Launches:
         """Pack the arguments of a launch; its kernels and grids."""
-        bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
-        # parts_of_rows depends on rows by whole tiles alone, is_small on padding by its presence.
+        bs, total_len, pad_to, total_is_capacity = numbers
+        # The grid depends on rows by whole tiles alone, and on padding by its presence.
         tiles_of_rows = -(-(total_len if total_len > pad_to else pad_to) // REQUESTS_PER_TILE)
-        key = bs, uniform_q, tiles_of_rows, pad_to == 0, tile_sums, total_is_capacity
+        key = bs, tiles_of_rows, pad_to == 0, tile_sums, total_is_capacity
         found = self._shapes.get(key)
         if found is None:
             if len(self._shapes) >= MAX_SHAPES:
@@ -343,17 +334,16 @@ class Template:
         return PackedLaunch(arguments, launches)
 
     def _shape(self, numbers: PlainNumbers, tile_sums: int) -> tuple[bytes, Launches]:
-        bs, total_len, pad_to, uniform_q, total_is_capacity = numbers
-        direct = self._direct
-        if tile_sums or not is_small(bs, uniform_q, self._max_extend_len, pad_to):
-            direct = None
+        bs, total_len, pad_to, total_is_capacity = numbers
+        is_small = bs <= REQUESTS_PER_TILE and not tile_sums and pad_to == 0
+        direct = self._direct if is_small else None
         row_parts = 1 if direct else parts_of_rows(bs, max(total_len, pad_to))
         shape = cut_up(bs, row_parts, self._units, self._num_sms)
         arguments = bytearray(self._base)
         tiles, parts, page_1, real_page, flattened, items = shape
         flags = self._flags | (TOTAL_IS_CAPACITY if total_is_capacity else 0)
         _FRONT.pack_into(
-            arguments, _FRONT_AT, bs, uniform_q, flags, page_1, real_page,
+            arguments, _FRONT_AT, bs, self._uniform_q, flags, page_1, real_page,
             _inverse(shape.table_blocks),
         )  # fmt: skip
         _ITEMS.pack_into(arguments, _ITEMS_AT, items, 0)

@@ -141,11 +141,11 @@ class KnownCalls(Generic[Value]):
 
     def find(self, tensors: tuple[Any, ...]) -> tuple[Value | None, Memory | None]:
         """What is kept for a call; its memory where its objects do not tell."""
-        ids = tuple(map(id, tensors))
+        ids = (*map(id, tensors),)
         known = self._of_objects.get(ids)
         if known is not None:
             present = known.pick(tensors)
-            if known.guard(*present) and known.addresses == tuple(map(data_ptr, present)):
+            if known.guard(*present) and known.addresses == (*map(data_ptr, present),):
                 return known.value, None
         return self._by_memory(ids, tensors)
 

@@ -115,35 +115,37 @@ class _Op(NamedTuple):
     """How the numbers of a call follow from its scalars, of which the first few may vary."""
 
     num_varying: int
-    #: From scalars and the numbers of the call checked before; None: to be checked.
-    numbers: Callable[[tuple[Any, ...], Numbers], PlainNumbers | None]
+    #: From scalars and the numbers of the call checked before; None: to be checked, being larger,
+    #: or wrong.
+    numbers: Callable[[tuple[Any, ...], PlainNumbers], PlainNumbers | None]
     known: _known.KnownCalls[_KnownCall]
 
 
-def _decode_numbers(scalars: tuple[Any, ...], _: Numbers) -> PlainNumbers:
+def _decode_numbers(scalars: tuple[Any, ...], most: PlainNumbers) -> PlainNumbers | None:
     bs = scalars[0]
-    return bs, bs, 0, 1, False
+    return (bs, bs, 0, False) if 0 <= bs <= most[0] else None
 
 
-def _verify_numbers(scalars: tuple[Any, ...], _: Numbers) -> PlainNumbers:
+def _verify_numbers(scalars: tuple[Any, ...], most: PlainNumbers) -> PlainNumbers | None:
     bs, next_n = scalars[0], scalars[4]
-    return bs, bs * next_n, 0, next_n, False
+    return (bs, bs * next_n, 0, False) if 0 <= bs <= most[0] else None
 
 
-def _draft_extend_numbers(scalars: tuple[Any, ...], _: Numbers) -> PlainNumbers | None:
-    bs, total_len, _width, _topk, _page_size, max_extend_len = scalars[:6]
-    if total_len > bs * max_extend_len:
-        return None
-    return bs, total_len, 0, -1, False
+def _draft_extend_numbers(scalars: tuple[Any, ...], most: PlainNumbers) -> PlainNumbers | None:
+    bs, total_len, max_extend_len = scalars[0], scalars[1], scalars[5]
+    if 0 <= bs <= most[0] and 0 <= total_len <= most[1] and total_len <= bs * max_extend_len:
+        return bs, total_len, 0, False
+    return None
 
 
-def _extend_numbers(scalars: tuple[Any, ...], most: Numbers) -> PlainNumbers | None:
-    total_len, pad_to = scalars[:2]
-    if pad_to is None:
-        pad_to = 0
-    elif pad_to < total_len:
-        return None
-    return most[0], total_len, pad_to, -1, False
+def _extend_numbers(scalars: tuple[Any, ...], most: PlainNumbers) -> PlainNumbers | None:
+    total_len, pad_to = scalars[0], scalars[1]
+    if 0 <= total_len <= most[1]:
+        if pad_to is None:
+            return most[0], total_len, 0, False
+        if total_len <= pad_to <= most[2]:
+            return most[0], total_len, pad_to, False
+    return None
 
 
 _DECODE = _Op(1, _decode_numbers, _known.KnownCalls(MAX_KNOWN))
@@ -181,15 +183,8 @@ def _again(op: _Op, tensors: tuple[Any, ...], scalars: tuple[Any, ...]) -> _Met 
         if scalars[op.num_varying :] == constants:
             numbers = op.numbers(scalars, most)
             if numbers is not None:
-                bs, total_len, pad_to, *_ = numbers
-                most_bs, most_total_len, most_pad_to, *_ = most
-                if (
-                    0 <= bs <= most_bs
-                    and 0 <= total_len <= most_total_len
-                    and 0 <= pad_to <= most_pad_to
-                ):
-                    known.meet(scalars, numbers, template, packed is None)
-                    return None
+                known.meet(scalars, numbers, template, packed is None)
+                return None
         return _Met(op, tensors, memory, scalars, known)
     # From the second time on as a captured launch. Cache.lookup and Cache.launch would do the same
     # where there is one; the two calls cost 0.1 us.
@@ -871,19 +866,29 @@ def fused_dsa_extend_metadata(
         and (max_seqlen_k is None or max_seqlen_k.__class__ is int)
     ):
         scalars = _typed(*scalars)
-    met = _again(
-        _EXTEND,
-        (
-            seq_lens, extend_seq_lens, req_pool_indices, req_to_token, cache_seqlens, cu_seqlens_k,
-            cu_seqlens_q, extend_start_loc, seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k,
-            token_to_batch_idx, ks, ke, topk_indices_offset, positions, None, page_table_1,
-            real_page_table, page_table_1_flattened,
-        ),
-        scalars,
+    tensors: tuple[Any, ...] = (
+        seq_lens, extend_seq_lens, cache_seqlens, cu_seqlens_k, cu_seqlens_q, extend_start_loc,
+        seqlens_expanded, dsa_cache_seqlens, dsa_cu_seqlens_k, token_to_batch_idx, ks, ke,
+        topk_indices_offset, positions,
     )  # fmt: skip
+    if (  # most calls have none of these, and to recognise a tensor costs 0.2 us
+        req_pool_indices is not None
+        or req_to_token is not None
+        or page_table_1 is not None
+        or real_page_table is not None
+        or page_table_1_flattened is not None
+    ):
+        tensors += (
+            req_pool_indices, req_to_token, page_table_1, real_page_table, page_table_1_flattened,
+        )  # fmt: skip
+    met = _again(_EXTEND, tensors, scalars)
     if met is None:
         return
-    outputs = FusedOutputs(*met.tensors[4:])
+    outputs = FusedOutputs(
+        cache_seqlens, cu_seqlens_k, cu_seqlens_q, extend_start_loc, seqlens_expanded,
+        dsa_cache_seqlens, dsa_cu_seqlens_k, token_to_batch_idx, ks, ke, topk_indices_offset,
+        positions, None, page_table_1, real_page_table, page_table_1_flattened,
+    )  # fmt: skip
     if not isinstance(seq_lens, torch.Tensor):
         seq_lens = _check.as_tensor("seq_lens", seq_lens)
     if not isinstance(extend_seq_lens, torch.Tensor):

@@ -229,7 +229,7 @@ class FusedPlan:
             for name, value in (("total_len", total_len), ("pad_to", pad_to)):
                 if value is not None:
                     raise TypeError(f"{name}: expected None ({self._name}), got {value}")
-            return Numbers(bs, bs * call.uniform_q, call.pad_to, call.uniform_q)
+            return Numbers(bs, bs * call.uniform_q, call.pad_to)
         bound = min(call.total_len, bs * self._max_extend_len)
         if total_len is not None and _check.integer("total_len", total_len, 0) > bound:
             raise ValueError(
@@ -245,7 +245,7 @@ class FusedPlan:
             pad_to = _check.integer("pad_to", pad_to, 0 if total_len is None else rows, call.pad_to)
             if total_len is None:
                 rows = min(rows, pad_to)
-        return Numbers(bs, rows, pad_to, -1, total_is_capacity=total_len is None)
+        return Numbers(bs, rows, pad_to, total_is_capacity=total_len is None)
 
 
 def plan_fused_dsa_decode_metadata(
