@@ -112,8 +112,9 @@ class _Known(Generic[Value]):
         self.value = value
 
 
-#: Which tensors are None (-1) or the very object of one before; the size of the first; addresses.
-Memory = tuple[tuple[int, ...], int, tuple[int, ...]]
+#: The types of all tensors, and where two are the very same object, at which place each is first;
+#: the size of the first; addresses.
+Memory = tuple[tuple[Any, ...], int, tuple[int, ...]]
 
 
 class KnownCalls(Generic[Value]):
@@ -136,7 +137,7 @@ class KnownCalls(Generic[Value]):
         self._alive: dict[tuple[int, ...], list[weakref.ref[torch.Tensor]]] = {}
         #: Everything that is kept; its size is for whoever bounds the values.
         self.of_memory: dict[Memory, _Known[Value]] = {}
-        self._picks: dict[tuple[int, ...], _Pick] = {}
+        self._picks: dict[tuple[Any, ...], _Pick] = {}  # by the first part of a Memory
         self._met: dict[int, int] = {}
 
     def find(self, tensors: tuple[Any, ...]) -> tuple[Value | None, Memory | None]:
@@ -153,14 +154,21 @@ class KnownCalls(Generic[Value]):
         self, ids: tuple[int, ...], tensors: tuple[Any, ...]
     ) -> tuple[Value | None, Memory | None]:
         try:
-            places = {_ID_OF_NONE: -1}
-            pattern = tuple(map(places.setdefault, ids, range(len(ids))))
-            present = (self._picks.get(pattern) or self._pick(pattern))(tensors)
-            memory = pattern, tensors[0].numel(), tuple(map(data_ptr, present))
+            pattern: tuple[Any, ...] = (*map(type, tensors),)
+            num_none = ids.count(_ID_OF_NONE)
+            if len({*ids}) != len(ids) - (num_none - 1 if num_none else 0):
+                pattern += tuple(ids.index(number) for number in ids)
+            present = (self._picks.get(pattern) or self._pick(pattern, ids))(tensors)
+            memory = pattern, tensors[0].numel(), (*map(data_ptr, present),)
         except Exception:  # what DLPack shares, and what is no tensor: the check says what
             return None, None
         known = self.of_memory.get(memory)
-        if known is None or any(map(_is_nested, present)) or not known.guard(*present):
+        if known is None:
+            return None, memory
+        for tensor in present:
+            if tensor.is_nested:
+                return None, memory
+        if not known.guard(*present):
             return None, memory
         if self.is_due(ids):
             self._keep_objects(ids, known, present)
@@ -178,7 +186,8 @@ class KnownCalls(Generic[Value]):
     def keep(self, memory: Memory, tensors: tuple[Any, ...], value: Value) -> None:
         """For calls like this one, where there can be a guard."""
         pattern, _, addresses = memory
-        pick = self._picks.get(pattern) or self._pick(pattern)
+        ids = (*map(id, tensors),)
+        pick = self._picks.get(pattern) or self._pick(pattern, ids)
         present = pick(tensors)
         is_alike = guard(present)
         if is_alike is None:
@@ -186,14 +195,16 @@ class KnownCalls(Generic[Value]):
         if len(self.of_memory) >= self.max_size:
             self.clear()
         self.of_memory[memory] = known = _Known(pick, is_alike, addresses, value)
-        self._keep_objects(tuple(map(id, tensors)), known, present)
+        self._keep_objects(ids, known, present)
 
     def clear(self) -> None:
         for kept in (self._of_objects, self._alive, self.of_memory, self._picks, self._met):
             kept.clear()
 
-    def _pick(self, pattern: tuple[int, ...]) -> _Pick:
-        places = sorted({*pattern} - {-1})
+    def _pick(self, pattern: tuple[Any, ...], ids: tuple[int, ...]) -> _Pick:
+        first = dict(zip(reversed(ids), reversed(range(len(ids))), strict=True))
+        first.pop(_ID_OF_NONE, None)
+        places = sorted(first.values())
         if len(places) == 1:  # would be picked without a tuple around it; twice there is no guard
             places *= 2
         if len(self._picks) >= self.max_size:
