@@ -306,8 +306,8 @@ class Template:
         self._flags = _constant_flags(call)
         self._base = _pack_constants(call, status)
         #: By what the grid depends on, rows in tiles: the arguments without total_len and pad_to,
-        #: kernels, grids.
-        self._shapes: dict[tuple[Any, ...], tuple[bytes, Launches]] = {}
+        #: kernels, grids. A bytearray, since bytes take 0.25 us more to copy into one.
+        self._shapes: dict[tuple[Any, ...], tuple[bytearray, Launches]] = {}
 
     def fill(self, buffer: bytearray, numbers: PlainNumbers, tile_sums: int = 0) -> Launches:
         """Pack the arguments of a launch; its kernels and grids."""
@@ -333,7 +333,7 @@ class Template:
         launches = self.fill(arguments, numbers, tile_sums)
         return PackedLaunch(arguments, launches)
 
-    def _shape(self, numbers: PlainNumbers, tile_sums: int) -> tuple[bytes, Launches]:
+    def _shape(self, numbers: PlainNumbers, tile_sums: int) -> tuple[bytearray, Launches]:
         bs, total_len, pad_to, total_is_capacity = numbers
         is_small = bs <= REQUESTS_PER_TILE and not tile_sums and pad_to == 0
         direct = self._direct if is_small else None
@@ -348,4 +348,4 @@ class Template:
         )  # fmt: skip
         _ITEMS.pack_into(arguments, _ITEMS_AT, items, 0)
         _TILES.pack_into(arguments, _TILES_AT, tile_sums, 0, tiles, parts, flattened)
-        return bytes(arguments), launches_of(bs, shape, direct, tile_sums != 0)
+        return arguments, launches_of(bs, shape, direct, tile_sums != 0)

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from . import _check, _env, _fused_args, _launch, _traced, fused, reference_fused
 from ._check import FusedCall, FusedOutputs
-from ._fused_args import Numbers, Template
+from ._fused_args import Numbers, PlainNumbers, Template
 from ._graphs import CapturedLaunch, captured_or_none
 from ._known import NEVER
 from ._launch import PackedLaunch, current_raw_stream
@@ -200,7 +200,7 @@ class FusedPlan:
                 return
         state.launch(packed, stream, packed.launches)
 
-    def _launch_once(self, numbers: Numbers, stream: int, status: torch.Tensor) -> None:
+    def _launch_once(self, numbers: PlainNumbers, stream: int, status: torch.Tensor) -> None:
         """Launch for a batch of which nothing is kept."""
         assert self._state is not None
         arguments = _launch.take_arguments()
@@ -213,30 +213,32 @@ class FusedPlan:
         finally:
             _launch.give_arguments(arguments)
 
-    def _tile_sums(self, numbers: Numbers) -> int:
+    def _tile_sums(self, numbers: PlainNumbers) -> int:
         """Address of the scratch where a batch needs it."""
-        return self._scratch.data_ptr() if numbers.bs > _fused_args.ONE_LAUNCH_MAX_BS else 0
+        return self._scratch.data_ptr() if numbers[0] > _fused_args.ONE_LAUNCH_MAX_BS else 0
 
     def _batch(self, bs: Any, total_len: Any, pad_to: Any) -> FusedCall:
         """The plan's call with the numbers of one batch."""
-        return self._call._replace(**self._numbers(bs, total_len, pad_to)._asdict())
+        numbers = Numbers(*self._numbers(bs, total_len, pad_to))
+        return self._call._replace(**numbers._asdict())
 
-    def _numbers(self, bs: Any, total_len: Any, pad_to: Any) -> Numbers:
+    def _numbers(self, bs: Any, total_len: Any, pad_to: Any) -> PlainNumbers:
         """The numbers of one batch, checked against the capacities."""
         call = self._call
-        bs = call.bs if bs is None else _check.integer("bs", bs, 0, call.bs)
+        if bs is None:
+            bs = call.bs
+        elif bs.__class__ is not int or not 0 <= bs <= call.bs:
+            bs = _check.integer("bs", bs, 0, call.bs)
         if self._max_extend_len is None:
             for name, value in (("total_len", total_len), ("pad_to", pad_to)):
                 if value is not None:
                     raise TypeError(f"{name}: expected None ({self._name}), got {value}")
-            return Numbers(bs, bs * call.uniform_q, call.pad_to)
-        bound = min(call.total_len, bs * self._max_extend_len)
-        if total_len is not None and _check.integer("total_len", total_len, 0) > bound:
-            raise ValueError(
-                f"total_len: expected <= {bound} (max_total_len {call.total_len}, bs {bs} * "
-                f"max_extend_len {self._max_extend_len}), got {total_len}"
-            )
-        rows = bound if total_len is None else int(total_len)
+            return bs, bs * call.uniform_q, call.pad_to, False
+        rows = bound = min(call.total_len, bs * self._max_extend_len)
+        if total_len is not None:
+            if total_len.__class__ is not int or not 0 <= total_len <= bound:
+                self._refuse_total(total_len, bs, bound)
+            rows = int(total_len)
         if pad_to is None:
             pad_to = 0
         elif not call.pad_to and pad_to != 0:  # 0 pads no row
@@ -245,7 +247,15 @@ class FusedPlan:
             pad_to = _check.integer("pad_to", pad_to, 0 if total_len is None else rows, call.pad_to)
             if total_len is None:
                 rows = min(rows, pad_to)
-        return Numbers(bs, rows, pad_to, total_is_capacity=total_len is None)
+        return bs, rows, pad_to, total_len is None
+
+    def _refuse_total(self, total_len: Any, bs: int, bound: int) -> None:
+        """Raise for a ``total_len`` that is not one; an int of another class may be."""
+        if _check.integer("total_len", total_len, 0) > bound:
+            raise ValueError(
+                f"total_len: expected <= {bound} (max_total_len {self._call.total_len}, bs {bs} * "
+                f"max_extend_len {self._max_extend_len}), got {total_len}"
+            )
 
 
 def plan_fused_dsa_decode_metadata(
