@@ -32,7 +32,7 @@ from benchmarks.reliability import (
 )
 from cases import BY_NAME
 from cases import CASES as SEED_CASES
-from cupy_nsa_meta import _fused_args, _module
+from cupy_nsa_meta import _draft_extend_args, _fused_args, _module
 from cupy_nsa_meta._status import FATAL
 from fused_cases import FUNCTIONS
 from fused_cases import random_cases as random_fused_cases
@@ -251,20 +251,34 @@ def test_a_missing_tool_names_itself(monkeypatch, tmp_path):
 # ---- Planted faults -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tool_name", TOOLS)
-def test_planted_faults_apply_and_compile(tool_name, tmp_path, monkeypatch):
+def kernels_of(sources: Path) -> dict[str, str]:
+    """The PTX of each kernel of draft_extend.cu."""
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
-    sanitizer.copy_package(tmp_path, sanitizer.PLANTED[tool_name].patch)
+    program = nvrtc.createProgram((sources / "draft_extend.cu").read_text(), "a.cu", (), ())
+    options = ("-std=c++17", f"-I{sources}", "-DCUPY_NSA_META_SOURCES=1ull", "-arch=compute_90")
+    nvrtc.compileProgram(program, options)
+    parts = nvrtc.getPTX(program).decode().split(".visible .entry ")[1:]
+    nvrtc.destroyProgram(program)
+    return {part.partition("(")[0]: part for part in parts}
+
+
+@pytest.fixture(scope="module")
+def own_kernels():
+    return kernels_of(_module.source_dir())
+
+
+@pytest.mark.parametrize("tool_name", TOOLS)
+def test_planted_faults_change_what_their_case_launches(tool_name, own_kernels, tmp_path):
+    fault = sanitizer.PLANTED[tool_name]
+    sanitizer.copy_package(tmp_path, fault.patch)
     changed = tmp_path / "cuda_src"
     own = _module.source_dir()
     assert sum((changed / p.name).read_bytes() != p.read_bytes() for p in own.glob("*.cu*")) == 1
     assert (tmp_path / "cupy_nsa_meta" / "_module.py").is_file()
-    program = nvrtc.createProgram((changed / "draft_extend.cu").read_text(), "a.cu", (), ())
-    options = ("-std=c++17", f"-I{changed}", "-DCUPY_NSA_META_SOURCES=1ull", "-lineinfo")
-    nvrtc.compileProgram(program, (*options, "-arch=sm_90"))
-    assert nvrtc.getCUBIN(program)[:4] == b"\x7fELF"
-    nvrtc.destroyProgram(program)
-    assert sanitizer.PLANTED[tool_name].case in BY_NAME
+    kernels = kernels_of(changed)
+    item = BY_NAME[fault.case]
+    shape = _draft_extend_args.geometry(item.bs, item.total, False, True, 132)
+    assert any(kernels[name] != own_kernels[name] for name, _ in shape.launches)
 
 
 @pytest.mark.skipif(not cpu_kernels.has_compiler, reason="g++ is not installed")

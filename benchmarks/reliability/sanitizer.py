@@ -96,8 +96,8 @@ PLANTED = {
         "Barrier error detected",
         Patch(
             "common.cuh",
-            "  __syncthreads();\n  BlockSums sums;",
-            "  if (threadIdx.x >= kWarpThreads) __syncthreads();\n  BlockSums sums;",
+            "  __syncthreads();\n  const u32 word =",
+            "  if (threadIdx.x >= kWarpThreads) __syncthreads();\n  const u32 word =",
         ),
     ),
 }
