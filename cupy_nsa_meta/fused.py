@@ -240,8 +240,9 @@ _PLAIN_TYPES = frozenset((int, bool, type(None)))  # not those of ``_typed``
 
 def _typed(*scalars: Any) -> tuple[Any, ...]:
     """Scalars of other types than expected, which may be right or wrong, and equal right ones: 4.0
-    and True are not 4 and 1."""
-    return (*scalars, *map(type, scalars))
+    and True are not 4 and 1. The types come first: a comparison ends there, before it asks a tensor
+    whether it equals a number."""
+    return (*map(type, scalars), *scalars)
 
 
 def _enqueue(

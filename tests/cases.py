@@ -269,6 +269,16 @@ CASES: list[Case] = [
     case("extend_outside_grouped", "status 3 by a high word alone", _nines(2051, 1999, 2**32 + 1),
          _nines(2051), dtypes=("int64", "int32"), slack=64 - 2**32),
     case("seq_outside_grouped", "status 3 in a whole group", _nines(5000), _nines(5000, 2049, 2**31)),
+    *(
+        case(f"seq_outside_grouped_{k}", "the same at another place of its group", _nines(1100),
+             _nines(1100, 500 + k, 2**31))
+        for k in (0, 2, 3)
+    ),
+    *(
+        case(f"kv_negative_grouped{name}", "negative int64 KV lengths are inside int32", np.ones(1101, int),
+             np.where(np.arange(1101) % 3, 9, -5), stride=stride)
+        for name, stride in (("", 1), ("_strided", 2))
+    ),
     case("seq_outside_grouped_last", "status 3 in the last, partly filled group", _nines(1501),
          _nines(1501, 1500, -(2**31) - 1)),
     case("sum_wraps_group", "status 3: the sum of a group is 2^32 + 3",

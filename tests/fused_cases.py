@@ -366,7 +366,7 @@ CASES: list[FusedCase] = [
          next_n=3, token_width=1024, table_gap=0, page_size=4),
     *(
         case(op, name, reason, [2500, 129, 4000, 384, 1, 128], extend, next_n=next_n, width=2500,
-             token_width=2500, table_gap=gap)
+             token_width=2500, table_gap=gap, page_size=2)
         for op, extend, next_n in (
             ("decode", (), 1), ("verify", (), 3), ("draft_extend", (5, 1, 0, 3, 2, 8), 1))
         for name, gap, reason in (

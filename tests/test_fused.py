@@ -581,17 +581,11 @@ def test_other_numbers_take_no_result_slot(fake_device, monkeypatch):
     assert len(fake_device.launched) == before + 3
 
 
-@pytest.mark.parametrize("op", FUNCTIONS)
-def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_device, monkeypatch):
-    """A random walk over numbers, right and wrong ones, each beside a call that is not known."""
-    random = np.random.default_rng(7)
-    built = [
-        Built(BY_NAME[f"{op}_{name}"])
-        for name in ("basic_ps64", "basic_ps1", "basic_ps64_pages_only")
-        if f"{op}_{name}" in BY_NAME
-    ]
+@pytest.fixture
+def outcomes(fake_device, monkeypatch):
+    """``(op, arguments)`` -> what a call launches or raises, as it stands and if nothing was known."""
 
-    def launched(arguments):
+    def outcome(op, arguments):
         before = len(fake_device.launched)
         try:
             FUNCTIONS[op](**arguments)
@@ -600,6 +594,25 @@ def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_d
             return f"{type(error).__name__}: {error}"
         assert len(fake_device.launched) == before + 1
         return fake_device.launched[-1]
+
+    def both(op, arguments):
+        known = outcome(op, arguments)
+        with monkeypatch.context() as patch:
+            forget_fused_calls(patch, FUSED_OPS[op])
+            return known, outcome(op, arguments)
+
+    return both
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, outcomes):
+    """A random walk over numbers, right and wrong ones, each beside a call that is not known."""
+    random = np.random.default_rng(7)
+    built = [
+        Built(BY_NAME[f"{op}_{name}"])
+        for name in ("basic_ps64", "basic_ps1", "basic_ps64_pages_only")
+        if f"{op}_{name}" in BY_NAME
+    ]
 
     kinds = set()
     for _ in range(400):
@@ -614,14 +627,80 @@ def test_other_numbers_of_known_calls_launch_or_raise_as_new_calls_do(op, fake_d
                 arguments[name] = bool(value % 2)
         if random.integers(8) == 0:
             arguments["dsa_index_topk"] = int(random.integers(0, 5))
-        known = launched(arguments)
-        with monkeypatch.context() as patch:
-            forget_fused_calls(patch, FUSED_OPS[op])
-            new = launched(arguments)
+        known, new = outcomes(op, arguments)
         assert known == new
         kinds.add(type(new))
     assert kinds == {str, tuple}
     assert getattr(fused, FUSED_OPS[op]).known.of_memory
+
+
+TABLE_ARGUMENTS = (
+    "req_pool_indices", "req_to_token", "page_table_1", "real_page_table", "page_table_1_flattened",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{op}_basic_ps64" for op in FUNCTIONS), "extend_zero_runs", "extend_arrays_only"],
+)
+def test_every_tensor_of_a_known_call_is_looked_at(name, outcomes):
+    """Elsewhere, left out, too short and of another dtype; one that was not given: given, or wrong."""
+    item = BY_NAME[name]
+    op = item.op
+    arguments = Built(item).arguments
+    if name == "extend_arrays_only":
+        arguments = {key: arguments[key] for key in arguments if key not in TABLE_ARGUMENTS}
+    for _ in range(4):
+        FUNCTIONS[op](**arguments)
+    changed = 0
+    for key in dict.fromkeys((*arguments, *(TABLE_ARGUMENTS if op == "extend" else ()))):
+        tensor = arguments.get(key)
+        if isinstance(tensor, torch.Tensor):
+            others = [tensor.clone(), None, tensor[:0], tensor.to(torch.float32)]
+        elif tensor is None:
+            others = [torch.zeros((8, 4096), dtype=torch.int32), torch.zeros(3), 7]
+        else:
+            continue
+        for other in others:
+            known, new = outcomes(op, arguments | {key: other})
+            assert known == new, key
+            changed += 1
+    assert changed >= 30
+    assert getattr(fused, FUSED_OPS[op]).known.of_memory
+
+
+def test_bounds_of_a_known_draft_extend(outcomes):
+    built = Built(BY_NAME["draft_extend_basic_ps64"])
+    roomy = {"max_extend_len": 1000, "max_total_len": 10**6}
+    none = {"max_extend_len": 0, "total_len": 0}
+    for fixed, bad in (
+        (roomy, {"total_len": 3000}),  # beyond the outputs
+        (roomy, {"total_len": -1}),
+        (roomy, {"bs": -1}),
+        ({}, {"bs": 1}),  # the total is more than bs * max_extend_len
+        (none, {"bs": -1}),
+    ):
+        arguments = built.arguments | fixed
+        for _ in range(3):
+            FUNCTIONS["draft_extend"](**arguments)
+        known, new = outcomes("draft_extend", arguments | bad)
+        assert known == new
+        assert "expected" in new
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_a_scalar_that_cannot_be_compared(op, outcomes):
+    """On known tensors it raises as on others."""
+    built = Built(BY_NAME[f"{op}_basic_ps64"])
+    for _ in range(3):
+        built.run()
+    numbers = [name for name, value in built.arguments.items() if type(value) is int]
+    assert numbers
+    for name in numbers:
+        for value in (torch.tensor([1, 2]), np.zeros(2), torch.tensor(2), ...):
+            known, new = outcomes(op, built.arguments | {name: value})
+            assert known == new
+            assert "expected an int" in new
 
 
 def test_threads_that_renew_a_known_call_do_not_mix(fake_device, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import cpu_kernels
 from cpu_kernels import HarnessError, fused_call
 from cupy_nsa_meta import reference_fused
-from fused_cases import BY_NAME, CASES, FUNCTIONS, random_cases
+from fused_cases import BY_NAME, CASES, FUNCTIONS, case, random_cases
 from operations import OPERATIONS
 from planted import Patch
 
@@ -21,10 +21,10 @@ def run_cases(executable, cases, tiled=False, num_sms=None):
         cpu_kernels.check_fused(item, buffers)
 
 
-def run_cut_up_both_ways(executable, case):
+def run_cut_up_both_ways(executable, item):
     """With several items of a row for a thread, and with one."""
     for num_sms in (None, 132):
-        run_cases(executable, [case], num_sms=num_sms)
+        run_cases(executable, [item], num_sms=num_sms)
 
 
 def random_batches(seed):
@@ -42,6 +42,17 @@ def test_table_blocks_of_a_device_with_many_multiprocessors(sanitizer):
     """A thread has one item of a row then, and a table more blocks than one."""
     cases = [case for case in CASES if fused_call(case).bs <= 40]
     run_cases(cpu_kernels.build(sanitizer, stem="fused"), cases, num_sms=132)
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 132])
+def test_many_blocks_of_a_row(num_sms):
+    """Of which a thread takes four items, two, or one."""
+    cases = [
+        case("decode", "long", "9 blocks", [9001], width=9001, token_width=9004),
+        case("verify", "longer", "13 blocks", [12_300, 4000], next_n=2, width=12_300),
+        case("draft_extend", "longer", "13 blocks", [700, 12_300], (3, 2), width=12_300),
+    ]
+    run_cases(cpu_kernels.build("plain", stem="fused"), cases, num_sms=num_sms)
 
 
 def test_a_total_that_only_bounds_the_rows():
