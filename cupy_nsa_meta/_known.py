@@ -156,7 +156,7 @@ class KnownCalls(Generic[Value]):
         try:
             pattern: tuple[Any, ...] = (*map(type, tensors),)
             num_none = ids.count(_ID_OF_NONE)
-            if len({*ids}) != len(ids) - (num_none - 1 if num_none else 0):
+            if len({*ids}) != len(ids) - (num_none - 1 if num_none else 0):  # two are one object
                 pattern += tuple(ids.index(number) for number in ids)
             present = (self._picks.get(pattern) or self._pick(pattern, ids))(tensors)
             memory = pattern, tensors[0].numel(), (*map(data_ptr, present),)
@@ -166,7 +166,7 @@ class KnownCalls(Generic[Value]):
         if known is None:
             return None, memory
         for tensor in present:
-            if tensor.is_nested:
+            if tensor.is_nested:  # shown to a guard it ends the process
                 return None, memory
         if not known.guard(*present):
             return None, memory
