@@ -53,12 +53,12 @@ def guard(tensors: Sequence[torch.Tensor], any_size: bool = False) -> Guard | No
 def is_like(guard: Guard, tensors: Sequence[Any]) -> bool:
     """Whether any objects pass a guard, which must not be shown a nested tensor."""
     try:
-        return not any(map(_is_nested, tensors)) and guard(*tensors)
-    except TypeError:  # no tensor
+        for tensor in tensors:  # two thirds of the time of any(map())
+            if tensor.is_nested:
+                return False
+        return guard(*tensors)
+    except Exception:  # no tensor; the check says what
         return False
-
-
-_is_nested = torch.Tensor.is_nested.__get__  # type: ignore[attr-defined]
 
 
 #: In a dict of what is kept for calls: what a key that was never met stands for, None being one
@@ -163,12 +163,7 @@ class KnownCalls(Generic[Value]):
         except Exception:  # what DLPack shares, and what is no tensor: the check says what
             return None, None
         known = self.of_memory.get(memory)
-        if known is None:
-            return None, memory
-        for tensor in present:
-            if tensor.is_nested:  # shown to a guard it ends the process
-                return None, memory
-        if not known.guard(*present):
+        if known is None or not is_like(known.guard, present):
             return None, memory
         if self.is_due(ids):
             self._keep_objects(ids, known, present)

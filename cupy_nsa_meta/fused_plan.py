@@ -236,8 +236,12 @@ class FusedPlan:
             return bs, bs * call.uniform_q, call.pad_to, False
         rows = bound = min(call.total_len, bs * self._max_extend_len)
         if total_len is not None:
-            if total_len.__class__ is not int or not 0 <= total_len <= bound:
-                self._refuse_total(total_len, bs, bound)
+            fits = total_len.__class__ is int and 0 <= total_len <= bound
+            if not fits and _check.integer("total_len", total_len, 0) > bound:
+                raise ValueError(
+                    f"total_len: expected <= {bound} (max_total_len {call.total_len}, bs {bs} * "
+                    f"max_extend_len {self._max_extend_len}), got {total_len}"
+                )
             rows = int(total_len)
         if pad_to is None:
             pad_to = 0
@@ -248,14 +252,6 @@ class FusedPlan:
             if total_len is None:
                 rows = min(rows, pad_to)
         return bs, rows, pad_to, total_len is None
-
-    def _refuse_total(self, total_len: Any, bs: int, bound: int) -> None:
-        """Raise for a ``total_len`` that is not one; an int of another class may be."""
-        if _check.integer("total_len", total_len, 0) > bound:
-            raise ValueError(
-                f"total_len: expected <= {bound} (max_total_len {self._call.total_len}, bs {bs} * "
-                f"max_extend_len {self._max_extend_len}), got {total_len}"
-            )
 
 
 def plan_fused_dsa_decode_metadata(

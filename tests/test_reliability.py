@@ -251,20 +251,20 @@ def test_a_missing_tool_names_itself(monkeypatch, tmp_path):
 # ---- Planted faults -----------------------------------------------------------------------------
 
 
-def kernels_of(sources: Path) -> dict[str, str]:
-    """The PTX of each kernel of draft_extend.cu."""
+def compiled(sources: Path, *more: str) -> tuple[bytes, dict[str, str]]:
+    """The cubin of draft_extend.cu, and the PTX of each of its kernels."""
     nvrtc = pytest.importorskip("cupy", reason="CuPy is not installed").cuda.nvrtc
     program = nvrtc.createProgram((sources / "draft_extend.cu").read_text(), "a.cu", (), ())
-    options = ("-std=c++17", f"-I{sources}", "-DCUPY_NSA_META_SOURCES=1ull", "-arch=compute_90")
-    nvrtc.compileProgram(program, options)
-    parts = nvrtc.getPTX(program).decode().split(".visible .entry ")[1:]
+    options = ("-std=c++17", f"-I{sources}", "-DCUPY_NSA_META_SOURCES=1ull", "-arch=sm_90")
+    nvrtc.compileProgram(program, (*options, *more))
+    cubin, ptx = nvrtc.getCUBIN(program), nvrtc.getPTX(program).decode()
     nvrtc.destroyProgram(program)
-    return {part.partition("(")[0]: part for part in parts}
+    return cubin, {part.partition("(")[0]: part for part in ptx.split(".visible .entry ")[1:]}
 
 
 @pytest.fixture(scope="module")
 def own_kernels():
-    return kernels_of(_module.source_dir())
+    return compiled(_module.source_dir())[1]
 
 
 @pytest.mark.parametrize("tool_name", TOOLS)
@@ -275,7 +275,9 @@ def test_planted_faults_change_what_their_case_launches(tool_name, own_kernels, 
     own = _module.source_dir()
     assert sum((changed / p.name).read_bytes() != p.read_bytes() for p in own.glob("*.cu*")) == 1
     assert (tmp_path / "cupy_nsa_meta" / "_module.py").is_file()
-    kernels = kernels_of(changed)
+    cubin, _ = compiled(changed, "-lineinfo")  # as under a tool
+    assert cubin[:4] == b"\x7fELF"
+    _, kernels = compiled(changed)  # without line numbers, which a patch may shift
     item = BY_NAME[fault.case]
     shape = _draft_extend_args.geometry(item.bs, item.total, False, True, 132)
     assert any(kernels[name] != own_kernels[name] for name, _ in shape.launches)
